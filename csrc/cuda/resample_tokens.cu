@@ -1,0 +1,79 @@
+// resample_tokens on CUDA: launch and registration of the kernels in resample_tokens.cuh.
+#include "../args/resample_tokens.h"
+#include "launch.cuh"
+#include "resample_tokens.cuh"
+
+namespace stitchvm {
+namespace {
+
+struct TokenLaunch {
+  dim3 grid;
+  dim3 block;
+};
+
+// A power of two of lanes per token, as many as its vectors need; the rest of the block takes further tokens.
+TokenLaunch token_launch(const char* op, int64_t tokens, int64_t channels, int vec) {
+  unsigned lanes = 1;
+  while (lanes < kResampleThreads && static_cast<int64_t>(lanes) * vec < channels) lanes *= 2;
+  const unsigned per_block = kResampleThreads / lanes;
+  const int64_t blocks = (tokens + per_block - 1) / per_block;
+  check_grid(op, blocks);
+  return {dim3(static_cast<unsigned>(blocks)), dim3(lanes, per_block)};
+}
+
+void resample_tokens_cuda_out(const Tensor& x_in, int64_t h, int64_t w, int64_t out_h, int64_t out_w, const Tensor& y) {
+  check_resample("resample_tokens", x_in, h, w, y, out_h, out_w);
+  if (y.numel() == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(x_in.get_device_index());
+  const Tensor x = torch::stable::contiguous(x_in);
+  dispatch_cuda_dtype("resample_tokens", x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const ResampleParams<T> p = resample_params<T>(x, y, h, w, out_h, out_w);
+    dispatch_vector_width<T>({p.src, p.dst}, {p.channels}, [&](auto vec) {
+      constexpr int kVec = decltype(vec)::value;
+      const TokenLaunch launch = token_launch("resample_tokens", p.batch * out_h * out_w, p.channels, kVec);
+      resample_forward<T, kVec><<<launch.grid, launch.block, 0, current_stream(x)>>>(p);
+    });
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+Tensor resample_tokens_cuda(const Tensor& x, int64_t h, int64_t w, int64_t out_h, int64_t out_w) {
+  const Tensor y = empty_tokens("resample_tokens", x, out_h, out_w);
+  resample_tokens_cuda_out(x, h, w, out_h, out_w, y);
+  return y;
+}
+
+void resample_tokens_input_grad_cuda_out(const Tensor& grad_in, int64_t h, int64_t w, int64_t out_h, int64_t out_w,
+                                         const Tensor& grad_x) {
+  check_resample("resample_tokens_input_grad", grad_in, out_h, out_w, grad_x, h, w);
+  if (grad_x.numel() == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(grad_in.get_device_index());
+  const Tensor grad = torch::stable::contiguous(grad_in);
+  dispatch_cuda_dtype("resample_tokens_input_grad", grad.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const ResampleParams<T> p = resample_params<T>(grad, grad_x, h, w, out_h, out_w);
+    dispatch_vector_width<T>({p.src, p.dst}, {p.channels}, [&](auto vec) {
+      constexpr int kVec = decltype(vec)::value;
+      const TokenLaunch launch = token_launch("resample_tokens_input_grad", p.batch * h * w, p.channels, kVec);
+      resample_backward<T, kVec><<<launch.grid, launch.block, 0, current_stream(grad)>>>(p);
+    });
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+Tensor resample_tokens_input_grad_cuda(const Tensor& grad, int64_t h, int64_t w, int64_t out_h, int64_t out_w) {
+  const Tensor grad_x = empty_tokens("resample_tokens_input_grad", grad, h, w);
+  resample_tokens_input_grad_cuda_out(grad, h, w, out_h, out_w, grad_x);
+  return grad_x;
+}
+
+}  // namespace
+}  // namespace stitchvm
+
+STABLE_TORCH_LIBRARY_IMPL(stitchvm, CUDA, m) {
+  m.impl("resample_tokens", TORCH_BOX(&stitchvm::resample_tokens_cuda));
+  m.impl("resample_tokens.out", TORCH_BOX(&stitchvm::resample_tokens_cuda_out));
+  m.impl("resample_tokens_input_grad", TORCH_BOX(&stitchvm::resample_tokens_input_grad_cuda));
+  m.impl("resample_tokens_input_grad.out", TORCH_BOX(&stitchvm::resample_tokens_input_grad_cuda_out));
+}

@@ -1,0 +1,35 @@
+"""Stitched value models for diffusion alignment (StitchVM). The public names; what they need is imported when first used."""
+
+from __future__ import annotations
+
+import importlib
+
+from ._version import __version__
+
+_HOME = {
+    "AestheticReward": "rewards",
+    "FinetuneConfig": "value",
+    "MonteCarloValue": "value",
+    "OpenClipReward": "rewards",
+    "StitchedValue": "value",
+    "TweedieValue": "value",
+    "ValueEstimator": "value",
+    "apply_value_guidance": "sampling",
+    "backbone_of": "backbones",
+    "guided_sample": "sampling",
+    "remove_value_guidance": "sampling",
+    "search_stitch": "value",
+    "stitch": "value",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,9 @@
+"""Fused operators, each with a plain reference, a CPU kernel and a CUDA kernel; `info()` says which are usable here."""
+
+from __future__ import annotations
+
+from ._info import format_info, info
+from .adaln import adaln
+from .resample_tokens import resample_tokens
+
+__all__ = ["adaln", "format_info", "info", "resample_tokens"]

@@ -1,0 +1,330 @@
+"""``guided_sample``: from prompts to images under the gradient of a value estimator."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones import Condition, DiffusionBackbone, Encoding, backbone_of
+from ..backbones.base import blocks_of, frozen
+from ..backbones.latents import decode_latents
+from ..value.base import ValueEstimator
+from .dps import sample_dps
+from .guidance import Guidance
+from .hook import is_guided
+from .noise import NoiseSource, draw_all, per_sample_generators
+from .schedule import pipeline_sigmas
+from .transitions import Transition, get_transition, ode
+
+OUTPUT_TYPES = ("pil", "pt", "np", "latent")
+
+
+@dataclass
+class GuidedSampleOutput:
+    """What :func:`guided_sample` returns for B samples in T steps.
+
+    Attributes:
+        images: B PIL images; for "pt" a tensor [B, 3, H, W] and for "np" an array [B, H, W, 3], both in [0, 1]; for "latent" the
+            latents.
+        latents: final latents, float32 [B, C, h, w].
+        values: V(z_t, t) before each step, float32 [T, B] on the CPU; NaN at steps that were not guided.
+        sigmas: noise levels, float32 [T+1]; ``values[k]`` was taken at ``sigmas[k]``.
+        timings: wall-clock seconds by phase ("encode", "sample", "decode") and in all ("total").
+        denoiser_evaluations: forward passes of the whole transformer for one sample each, counted at its blocks: half of its
+            blocks run for one sample count 0.5. Backward passes are not counted.
+        guided_steps: steps at which the value was evaluated.
+    """
+
+    images: Any
+    latents: Tensor
+    values: Tensor
+    sigmas: Tensor
+    timings: dict[str, float] = field(default_factory=dict)
+    denoiser_evaluations: float = 0.0
+    guided_steps: int = 0
+
+    @property
+    def seconds_per_image(self) -> float:
+        return self.timings["total"] / len(self.latents)
+
+
+def guided_sample(
+    pipe,
+    value: ValueEstimator | None,
+    prompt: str | list[str],
+    *,
+    negative_prompt: str | list[str] = "",
+    num_inference_steps: int = 28,
+    guidance_scale: float = 7.0,
+    strength: float = Guidance.strength,
+    mode: str = Guidance.mode,
+    schedule: str | Callable[[float], float] = Guidance.schedule,
+    window: tuple[int, int | None] = Guidance.window,
+    every: int = Guidance.every,
+    transition: str | Transition = "ode",
+    num_images_per_prompt: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    latents: Tensor | None = None,
+    batch_size: int | None = None,
+    max_sequence_length: int | None = None,
+    output_type: str = "pil",
+    progress: bool = True,
+) -> GuidedSampleOutput:
+    """Sample a pipeline's images under value-gradient guidance (DPS, METHOD.md §5).
+
+    The pipeline's own text encoders, noise levels, classifier-free guidance and autoencoder are used; with ``value=None`` or
+    ``strength=0`` and ``transition="ode"`` the result is the pipeline's own, to float rounding. A sample does not depend on the
+    samples beside it: texts are encoded one by one, norms are per sample, and every sample has its own generator.
+
+    Args:
+        pipe: a diffusers pipeline whose transformer has a backbone adapter, with a flow-matching scheduler.
+        value: any estimator on this pipeline's transformer; None samples without guidance.
+        prompt: P texts; B = P * num_images_per_prompt samples, those of one prompt next to each other.
+        negative_prompt: one text for all or one per prompt. With "" (the null text) a stitched value shares its backbone prefix
+            with the unconditional branch.
+        num_inference_steps: T.
+        guidance_scale: classifier-free guidance; at most 1 means none.
+        strength, mode, schedule, window, every: see :class:`~stitchvm_ext.sampling.Guidance`.
+        transition: "ode", "linear_sde" or "flow_grpo", or a callable of their signature.
+        height, width: image size in pixels; by default the pipeline's.
+        generator: B generators, one per sample, or one: the first sample then uses it as it is, the others generators seeded
+            from it. Without one, seeds come from torch's global generator.
+        latents: initial noise [B, C, h, w] in place of generated noise.
+        batch_size: samples that are denoised, and decoded, together; all by default.
+        max_sequence_length: rows of the T5 encoding. By default what the value's null text was encoded with, else 256.
+        output_type: "pil", "pt", "np" or "latent".
+        progress: show a bar.
+
+    Raises:
+        TypeError, ValueError: bad input, before any work.
+        FloatingPointError: non-finite values; names the step and the tensor.
+    """
+    guidance = Guidance(strength, mode, schedule, tuple(window) if isinstance(window, list) else window, every)
+    step = get_transition(transition)
+    backbone = backbone_of(pipe)
+    prompts = _prompts(prompt)
+    negatives = _negative_prompts(negative_prompt, len(prompts))
+    for name, count in [
+        ("num_inference_steps", num_inference_steps),
+        ("num_images_per_prompt", num_images_per_prompt),
+        *([("batch_size", batch_size)] if batch_size is not None else []),
+    ]:
+        _check_count(name, count)
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < 1e6:
+        raise ValueError(f"guidance_scale: expected a number >= 0, got {guidance_scale!r}")
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type: expected one of {list(OUTPUT_TYPES)}, got {output_type!r}")
+    prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
+    negatives = [p for p in negatives for _ in range(num_images_per_prompt)]
+    shape = _latent_shape(pipe, backbone, len(prompts), height, width, latents)
+    _check_value(value, backbone, shape)
+    if is_guided(pipe.transformer):
+        raise ValueError("pipe: its transformer is guided by apply_value_guidance; call remove_value_guidance(transformer) first")
+    text_options = _text_options(value, max_sequence_length)
+    sources = [NoiseSource(g, backbone.device) for g in per_sample_generators(generator, len(prompts))]
+    sigmas = pipeline_sigmas(pipe, backbone, num_inference_steps, shape[2:])
+
+    clock = Stopwatch(backbone.device)
+    with frozen(pipe.transformer), frozen(pipe.vae), count_block_rows(pipe.transformer) as rows, clock("total"):
+        with clock("encode"):
+            condition = encode_condition(pipe, backbone, prompts, negatives, float(guidance_scale), text_options)
+        with clock("sample"):
+            if latents is None:  # in the model's dtype, as the pipeline draws it
+                latents = draw_all(sources, shape[1:], backbone.dtype)
+            latents = latents.to(backbone.device, torch.float32)
+            chunks = [slice(k, k + (batch_size or len(prompts))) for k in range(0, len(prompts), batch_size or len(prompts))]
+            with progress_bar(len(chunks) * num_inference_steps, progress) as bar:
+                done = [
+                    sample_dps(
+                        backbone,
+                        value,
+                        latents[chunk],
+                        sigmas,
+                        condition.rows(chunk),
+                        guidance=guidance,
+                        transition=step,
+                        noise=None if step is ode else partial(draw_all, sources[chunk], shape[1:]),
+                        on_step=bar.update,
+                    )
+                    for chunk in chunks
+                ]
+            latents = torch.cat([z for z, _ in done])
+            values = torch.cat([v for _, v in done], dim=1).cpu()
+        with clock("decode"):
+            images = latents if output_type == "latent" else decode(pipe, latents, chunks, output_type)
+    return GuidedSampleOutput(
+        images=images,
+        latents=latents,
+        values=values,
+        sigmas=sigmas,
+        timings=clock.seconds,
+        denoiser_evaluations=rows.count / backbone.depth,
+        guided_steps=int((~values.isnan()).any(1).sum()),
+    )
+
+
+# -- the phases --------------------------------------------------------------------------------------------------------
+
+
+def encode_condition(
+    pipe, backbone: DiffusionBackbone, prompts: list[str], negatives: list[str], guidance_scale: float, options: dict
+) -> Condition:
+    """Encodings of prompts and, for guidance_scale > 1, negative prompts, a row each.
+
+    Each distinct text is encoded once and alone: in a batch its encoding would depend, in the last bits, on the other texts.
+    """
+    cache: dict[str, Encoding] = {}
+
+    def rows(texts: list[str]) -> Encoding:
+        for text in dict.fromkeys(texts):
+            if text not in cache:
+                cache[text] = backbone.encode_text(pipe, [text], **options)
+        return {name: torch.cat([cache[text][name] for text in texts]) for name in cache[texts[0]]}
+
+    uncond = rows(negatives) if guidance_scale > 1 else None
+    return Condition(tuple(prompts), rows(prompts), uncond, guidance_scale)
+
+
+@torch.no_grad()
+def decode(pipe, latents: Tensor, chunks: list[slice], output_type: str):
+    """Images of latents by the pipeline's autoencoder and image processor."""
+    images = torch.cat([decode_latents(pipe.vae, latents[chunk]) for chunk in chunks]).clamp(0, 1)
+    return pipe.image_processor.postprocess(images, output_type=output_type, do_denormalize=[False] * len(images))
+
+
+@contextmanager
+def progress_bar(total: int, show: bool) -> Iterator[Any]:
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc="guided_sample", unit="step", disable=not show) as bar:
+        yield bar
+
+
+class Stopwatch:
+    """Adds up wall-clock seconds by phase; waits for the device at both ends of a phase."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str):
+        start = self._now()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + self._now() - start
+
+
+class _Rows:
+    count = 0
+
+
+@contextmanager
+def count_block_rows(transformer: nn.Module) -> Iterator[_Rows]:
+    """Count the samples that pass through each of the transformer's blocks, whoever calls them."""
+    rows = _Rows()
+
+    def add(module, args, kwargs):
+        rows.count += len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+    handles = [block.register_forward_pre_hook(add, with_kwargs=True) for block in blocks_of(transformer)]
+    try:
+        yield rows
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# -- validation --------------------------------------------------------------------------------------------------------
+
+
+def _prompts(prompt) -> list[str]:
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
+        raise TypeError(f"prompt: expected a text or a list of texts, got {_describe(prompt)}")
+    if not prompts:
+        raise ValueError("prompt: expected at least one text, got an empty list")
+    return list(prompts)
+
+
+def _negative_prompts(negative_prompt, count: int) -> list[str]:
+    if isinstance(negative_prompt, str):
+        return [negative_prompt] * count
+    if not isinstance(negative_prompt, (list, tuple)) or not all(isinstance(p, str) for p in negative_prompt):
+        raise TypeError(f"negative_prompt: expected a text or a list of texts, got {_describe(negative_prompt)}")
+    if len(negative_prompt) != count:
+        raise ValueError(f"negative_prompt: expected one text or {count}, one per prompt, got {len(negative_prompt)}")
+    return list(negative_prompt)
+
+
+def _describe(x) -> str:
+    if isinstance(x, (list, tuple)):
+        return f"a {type(x).__name__} with {sorted({type(item).__name__ for item in x})}"
+    return type(x).__name__
+
+
+def _check_count(name: str, count) -> None:
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"{name}: expected an integer, got {type(count).__name__}")
+    if count < 1:
+        raise ValueError(f"{name}: expected at least 1, got {count}")
+
+
+def _latent_shape(pipe, backbone: DiffusionBackbone, count: int, height, width, latents) -> tuple[int, int, int, int]:
+    factor = pipe.vae_scale_factor
+    sizes = []
+    for axis, (name, side) in enumerate([("height", height), ("width", width)]):
+        if side is None:
+            given = isinstance(latents, Tensor) and latents.ndim == 4
+            sizes.append(latents.shape[2 + axis] if given else pipe.default_sample_size)
+            continue
+        _check_count(name, side)
+        if side % factor:
+            raise ValueError(f"{name}: expected a multiple of {factor} pixels, got {side}")
+        sizes.append(side // factor)
+    backbone.grid(tuple(sizes))
+    shape = (count, backbone.latent_channels, *sizes)
+    if latents is not None:
+        if not isinstance(latents, Tensor) or not latents.is_floating_point():
+            raise TypeError(f"latents: expected a floating-point tensor, got {getattr(latents, 'dtype', type(latents).__name__)}")
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents: expected shape {list(shape)}, got {list(latents.shape)}")
+    return shape
+
+
+def _check_value(value, backbone: DiffusionBackbone, shape: tuple[int, int, int, int]) -> None:
+    if value is None:
+        return
+    if not isinstance(value, ValueEstimator):
+        raise TypeError(f"value: expected a ValueEstimator or None, got {type(value).__name__}")
+    theirs = value.backbone.transformer
+    if theirs is not backbone.transformer:
+        raise ValueError(
+            f"value: expected an estimator on this pipeline's own transformer, got one on another {type(theirs).__name__}; "
+            "build or load it with this pipeline"
+        )
+    if hasattr(value, "check_latent_size"):
+        value.check_latent_size(shape[2:])
+
+
+def _text_options(value, max_sequence_length) -> dict:
+    if max_sequence_length is None:
+        return dict(getattr(value, "text_options", None) or {"max_sequence_length": 256})
+    if isinstance(max_sequence_length, bool) or not isinstance(max_sequence_length, int):
+        raise TypeError(f"max_sequence_length: expected an integer, got {type(max_sequence_length).__name__}")
+    if not 0 <= max_sequence_length <= 512:
+        raise ValueError(f"max_sequence_length: expected 0..512, got {max_sequence_length}")
+    return {"max_sequence_length": max_sequence_length}

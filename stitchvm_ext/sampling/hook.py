@@ -1,0 +1,227 @@
+"""Value guidance inside an unchanged pipeline call, as a diffusers ``ModelHook`` on the transformer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones import Condition, Encoding
+from ..backbones.base import frozen
+from ..value.base import ValueEstimator
+from .guidance import Guidance, check_finite
+
+HOOK_NAME = "stitchvm_value_guidance"
+
+
+def apply_value_guidance(
+    transformer: nn.Module,
+    value: ValueEstimator,
+    prompts: str | list[str],
+    *,
+    guidance_scale: float = 7.0,
+    strength: float = Guidance.strength,
+    mode: str = Guidance.mode,
+    schedule: str | Callable[[float], float] = Guidance.schedule,
+    window: tuple[int, int | None] = Guidance.window,
+    every: int = Guidance.every,
+) -> ValueGuide:
+    """Guide every following call of the pipeline that owns ``transformer``, until :func:`remove_value_guidance`.
+
+    The hook subtracts ``c_t grad V`` from both halves of the pipeline's [unconditional, conditional] batch, so that the guided
+    velocity ``u + s (c - u)`` loses exactly ``c_t grad V`` whatever s is; with the pipeline's Euler scheduler this is
+    :func:`guided_sample` with ``transition="ode"``. Where the first half is the value's null text, its pass through the
+    transformer serves the value too. Steps are counted by the noise level: one that rises starts a new trajectory.
+
+    Args:
+        transformer: ``pipe.transformer``.
+        value: an estimator on this transformer.
+        prompts: the texts that the pipeline will be called with, which the reward scores against. ``num_images_per_prompt`` is
+            read off the batch.
+        guidance_scale: the one that the pipeline will be called with. It decides whether a batch holds two halves, and the
+            relative strength is measured against the velocity that it gives.
+        strength, mode, schedule, window, every: see :class:`~stitchvm_ext.sampling.Guidance`.
+
+    Returns:
+        the guide, whose ``values`` holds (sigma, V [B]) of the guided steps of the latest trajectory.
+
+    Raises:
+        TypeError, ValueError: bad input, or the transformer is guided already.
+    """
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    guide = ValueGuide(transformer, value, prompts, guidance_scale, Guidance(strength, mode, schedule, window, every))
+    if is_guided(transformer):
+        raise ValueError("transformer: it is guided already; call remove_value_guidance(transformer) first")
+
+    class ValueGuidanceHook(ModelHook):  # here, so that importing this package does not import diffusers
+        def new_forward(self, module, *args, **kwargs):
+            return guide(self.fn_ref.original_forward, *args, **kwargs)
+
+    HookRegistry.check_if_exists_or_initialize(transformer).register_hook(ValueGuidanceHook(), HOOK_NAME)
+    return guide
+
+
+def remove_value_guidance(transformer: nn.Module) -> None:
+    """Take the guidance off again; the pipeline then computes what it computed before. Does nothing where there is none."""
+    if is_guided(transformer):
+        transformer._diffusers_hook.remove_hook(HOOK_NAME, recurse=False)
+
+
+def is_guided(transformer: nn.Module) -> bool:
+    """Whether :func:`apply_value_guidance` is in force."""
+    registry = getattr(transformer, "_diffusers_hook", None)
+    return registry is not None and registry.get_hook(HOOK_NAME) is not None
+
+
+class ValueGuide:
+    """Stands in for a transformer's forward: the same velocity, less ``c_t grad V``.
+
+    Attributes:
+        values: (sigma, V float32 [B]) of the guided steps of the latest trajectory.
+    """
+
+    def __init__(self, transformer: nn.Module, value: ValueEstimator, prompts, guidance_scale: float, guidance: Guidance):
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
+            raise TypeError(f"prompts: expected a text or a list of texts, got {type(prompts).__name__}")
+        if not prompts:
+            raise ValueError("prompts: expected at least one text, got an empty list")
+        if not isinstance(value, ValueEstimator):
+            raise TypeError(f"value: expected a ValueEstimator, got {type(value).__name__}")
+        if value.backbone.transformer is not transformer:
+            raise ValueError("value: expected an estimator on this very transformer, got one on another")
+        if type(transformer).__name__ not in READERS:
+            raise TypeError(f"transformer: expected one of the classes {sorted(READERS)}, got {type(transformer).__name__}")
+        self.value, self.prompts = value, list(prompts)
+        self.guidance_scale, self.guidance = float(guidance_scale), guidance
+        self.read = READERS[type(transformer).__name__]
+        self.values: list[tuple[float, Tensor]] = []
+        self._step, self._sigma = -1, float("inf")
+        self._shares = False
+        self._term: Tensor | None = None
+        self._inside = False  # the estimator calls the same transformer
+
+    def __call__(self, forward: Callable, *args, **kwargs):
+        if self._inside:
+            return forward(*args, **kwargs)
+        self._inside = True
+        try:
+            call = inspect.signature(forward).bind(*args, **kwargs).arguments
+            with frozen(self.value.backbone.transformer):
+                return self._guided(forward, call)
+        finally:
+            self._inside = False
+
+    def _guided(self, forward: Callable, call: dict[str, Any]):
+        latents, sigma, encoding, plain = self.read(call)
+        if call.get("skip_layers") is not None:  # skip-layer guidance subtracts this output from the conditional one
+            return _replace(forward(**call), lambda u: u if self._term is None else (u.float() - self._term).to(u.dtype))
+        self._advance(sigma)
+        self._term = None
+        with_cfg = self.guidance_scale > 1
+        if self._step == 0:
+            self._check_batch(latents, with_cfg)
+        if not self.guidance.is_active(self._step, sigma):
+            return forward(**call)
+
+        batch = len(latents) // 2 if with_cfg else len(latents)
+        latents = latents[:batch]
+        condition = self._condition(encoding, batch, with_cfg)
+        if not self.values:  # the first guided step of a trajectory
+            self._shares = plain and _can_share(self.value, condition)
+        if self._shares:
+            uncond, cond, value, grad = _shared_branches(self.value, latents, sigma, condition)
+            output = (torch.cat([uncond, cond]),)
+            if call.get("return_dict", True):
+                from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+                output = Transformer2DModelOutput(sample=output[0])
+        else:
+            output = forward(**call)
+            value, grad = self.value.value_and_grad(latents, sigma, condition)
+        both = output[0]
+        velocity = both[:batch] + self.guidance_scale * (both[batch:] - both[:batch]) if with_cfg else both
+        check_finite(self._step, sigma, velocity=velocity, value=value, gradient=grad)
+        self.values.append((sigma, value))
+        self._term = self.guidance.term(velocity, grad, sigma)
+        term = torch.cat([self._term] * 2) if with_cfg else self._term
+        return _replace(output, lambda u: (u.float() - term).to(u.dtype))
+
+    def _advance(self, sigma: float) -> None:
+        """Count steps by the noise level: falling is the next step, rising a new trajectory, equal the same step again."""
+        if self._step < 0 or sigma > self._sigma:
+            self._step, self.values = 0, []
+        elif sigma < self._sigma:
+            self._step += 1
+        elif self._step == 0:
+            self.values = []
+        self._sigma = sigma
+
+    def _check_batch(self, latents: Tensor, with_cfg: bool) -> None:
+        rows = len(latents)
+        has_halves = rows % 2 == 0 and torch.equal(latents[: rows // 2], latents[rows // 2 :])
+        if with_cfg and not has_halves:
+            raise ValueError(
+                f"guidance_scale: expected batches of [unconditional, conditional] halves for guidance_scale {self.guidance_scale:g}, "
+                f"got {rows} different latents; was the pipeline called without classifier-free guidance?"
+            )
+        batch = rows // 2 if with_cfg else rows
+        if batch % len(self.prompts):
+            hint = "; was the pipeline called with classifier-free guidance?" if has_halves else ""
+            raise ValueError(f"prompts: expected a multiple of {len(self.prompts)} samples, one or more per prompt, got {batch}{hint}")
+
+    def _condition(self, encoding: Encoding, batch: int, with_cfg: bool) -> Condition:
+        prompts = tuple(p for p in self.prompts for _ in range(batch // len(self.prompts)))
+        cond = {name: t[-batch:] for name, t in encoding.items()}
+        uncond = {name: t[:batch] for name, t in encoding.items()} if with_cfg else None
+        return Condition(prompts, cond, uncond, self.guidance_scale if with_cfg else 1.0)
+
+
+def _read_sd3(call: dict[str, Any]) -> tuple[Tensor, float, Encoding, bool]:
+    """Latents, sigma, text encoding, and whether the call holds nothing else, of a call of ``SD3Transformer2DModel``."""
+    extras = [call.get(name) for name in ("joint_attention_kwargs", "block_controlnet_hidden_states", "skip_layers")]
+    timestep = call["timestep"].flatten()
+    if not bool((timestep == timestep[0]).all()):
+        raise ValueError(f"timestep: expected one noise level for the whole batch, got {timestep.tolist()}")
+    encoding = {"prompt_embeds": call["encoder_hidden_states"], "pooled_prompt_embeds": call["pooled_projections"]}
+    return call["hidden_states"], float(timestep[0]) / 1000, encoding, all(extra is None for extra in extras)
+
+
+READERS = {"SD3Transformer2DModel": _read_sd3}
+"""The inverse of :meth:`DiffusionBackbone.inputs`, by the transformer's class."""
+
+
+def _can_share(value: ValueEstimator, condition: Condition) -> bool:
+    """As :meth:`StitchedValue.can_share`, but to the text encoders' rounding: the pipeline encodes the null text in a batch, the
+    value model encoded it alone. Different texts are a relative distance of order 1 apart, roundings about an epsilon."""
+    if not getattr(value, "depth", 0) or condition.uncond is None:
+        return False
+    return all(
+        t.shape[1:] == value.null_condition[name].shape[1:]
+        and bool((t - value.null_condition[name].to(t)).norm() <= torch.finfo(t.dtype).eps ** 0.5 * t.norm())
+        for name, t in condition.uncond.items()
+    )
+
+
+def _shared_branches(value, latents: Tensor, sigma: float, condition: Condition) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unconditional and conditional velocity, V and its gradient at the denoiser cost of plain classifier-free guidance."""
+    backbone = value.backbone
+    uncond, tokens, leaf = backbone.velocity_and_features(latents, sigma, condition.uncond, value.depth)
+    with torch.inference_mode(False), torch.enable_grad():
+        v = value.score(value(tokens), condition)
+        (grad,) = torch.autograd.grad(v.sum(), leaf)
+    with torch.no_grad():
+        cond = backbone.velocity(latents, sigma, condition.cond)
+    return uncond, cond, v.detach(), grad.float()
+
+
+def _replace(output, change: Callable[[Tensor], Tensor]):
+    """A transformer's output with its velocity changed."""
+    if isinstance(output, tuple):
+        return (change(output[0]), *output[1:])
+    output.sample = change(output.sample)
+    return output

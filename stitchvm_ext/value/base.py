@@ -1,0 +1,47 @@
+"""The one interface through which samplers and trainers ask for a value."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..backbones import Condition, DiffusionBackbone
+
+
+class ValueEstimator(ABC):
+    """Estimates V(z_t, t), the expected reward of what a noisy latent becomes (METHOD.md §1).
+
+    Latents are [B, C, H, W]; sigma is a float or [B], in [0, 1] with 1 = noise; values are float32 [B]. The condition has one
+    row per latent.
+    """
+
+    backbone: DiffusionBackbone
+
+    @abstractmethod
+    def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
+        """V [B], differentiable with respect to latents where autograd is on."""
+
+    def value_and_grad(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """V [B] and its gradient with respect to latents, float32 like latents; each sample's gradient is its own."""
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = latents.detach().clone().requires_grad_()
+            value = self.value(leaf, sigma, condition)
+            (grad,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), grad.float()
+
+    def denoise_with_value(
+        self, latents: Tensor, sigma: float | Tensor, condition: Condition
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The guided (CFG) velocity, V and its gradient: what one guided sampling step needs.
+
+        An estimator overrides this where the denoiser's own pass can serve the value too.
+        """
+        with torch.no_grad():
+            velocity = self.backbone.guided_velocity(latents, sigma, condition)
+        return velocity, *self.value_and_grad(latents, sigma, condition)
+
+    def check_condition(self, latents: Tensor, condition: Condition) -> None:
+        if len(condition) != latents.shape[0]:
+            raise ValueError(f"condition: expected {latents.shape[0]} rows, one per latent, got {len(condition)}")

@@ -1,0 +1,74 @@
+"""The stitching layer s(h) = y + G(y), y = Up(F(h)) (METHOD.md §2)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import resample_tokens
+
+
+class StitchLayer(nn.Module):
+    """From the backbone's token grid to what the reward's block ``j`` reads.
+
+    ``F`` is a 1x1 convolution, on tokens a linear map; ``Up`` the bilinear resampling to the reward's grid; ``G`` a pointwise
+    MLP with bottleneck 1:8 whose last layer starts at zero. Because the weights of a bilinear resampling sum to one, F and Up
+    commute, and the one that leaves fewer tokens runs first.
+
+    For j > 1 the target tokens carry position and an image-dependent class token already. There a bias per position is part of
+    the fit, and the prefix tokens start from the probe images' mean instead of the reward's input class token.
+
+    Args:
+        in_width: channels of a backbone token.
+        out_width: channels of a reward token.
+        out_grid: (h, w) of the reward's patches.
+        num_prefix_tokens: 0 for j = 1; the reward's number of class tokens for j > 1.
+        with_position: whether there is a bias per position (j > 1).
+    """
+
+    def __init__(
+        self, in_width: int, out_width: int, out_grid: tuple[int, int], num_prefix_tokens: int = 0, with_position: bool = False
+    ):
+        super().__init__()
+        self.out_grid = tuple(out_grid)
+        self.project = nn.Linear(in_width, out_width)
+        self.mlp = nn.Sequential(
+            nn.SiLU(), nn.Linear(out_width, out_width // 8), nn.SiLU(), nn.Linear(out_width // 8, out_width)
+        )
+        nn.init.zeros_(self.mlp[3].weight)
+        nn.init.zeros_(self.mlp[3].bias)
+        patches = out_grid[0] * out_grid[1]
+        self.position = nn.Parameter(torch.zeros(patches, out_width)) if with_position else None
+        self.prefix = nn.Parameter(torch.zeros(num_prefix_tokens, out_width)) if num_prefix_tokens else None
+
+    @torch.no_grad()
+    def load_least_squares(self, weight: Tensor, bias: Tensor, prefix: Tensor | None) -> None:
+        """Start from the closed form of METHOD.md §3: weight [C', C], bias [C'] or [N', C'], prefix [P, C'] or None."""
+        self.project.weight.copy_(weight)
+        if self.position is None:
+            self.project.bias.copy_(bias)
+        else:
+            self.project.bias.zero_()
+            self.position.copy_(bias)
+        if self.prefix is not None:
+            self.prefix.copy_(prefix)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Backbone tokens [B, N, C] on ``grid`` -> reward tokens [B, N', C'], after the prefix [B, P+N', C'] for j > 1."""
+        tokens = tokens.to(self.project.weight.dtype)
+        if self.out_grid[0] * self.out_grid[1] <= grid[0] * grid[1]:
+            y = self.project(resample_tokens(tokens, grid, self.out_grid))
+        else:
+            y = resample_tokens(self.project(tokens), grid, self.out_grid)
+        if self.position is not None:
+            y = y + self.position
+        y = y + self.mlp(y)
+        if self.prefix is not None:
+            y = torch.cat([self.prefix.expand(y.shape[0], -1, -1), y], dim=1)
+        return y
+
+
+def patchify(latents: Tensor, patch: int) -> Tensor:
+    """Latents [B, C, H, W] as tokens [B, HW/p², C·p²]: what the value model without a backbone (depth 0) reads."""
+    return F.pixel_unshuffle(latents, patch).flatten(2).transpose(1, 2)

@@ -1,0 +1,199 @@
+"""The stitched value model: V(z_t, t) = r_{>=j}( s( u_{<=i}(z_t, t) ) ) (METHOD.md §2)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones import Condition, DiffusionBackbone, Encoding, backbone_of, expand_rows, is_same_encoding
+from ..rewards import reward_suffix_from_description
+from ..rewards.base import RewardModel, RewardOutput
+from .base import ValueEstimator
+from .model_card import model_card
+from .stitch_layer import StitchLayer, patchify
+
+FORMAT_VERSION = 1
+
+
+class StitchedValue(nn.Module, ValueEstimator):
+    """The first ``depth`` blocks of a frozen backbone, a stitching layer, and a reward from block ``layer`` on.
+
+    Holds a reference to the pipeline's own blocks and never a copy; parameters and state dict are those of the stitch and the
+    reward's suffix alone. Depth 0 reads the noisy latent itself: the baseline that stitches to the VAE.
+
+    Args:
+        backbone: the adapter of the pipeline's transformer.
+        stitch: the stitching layer.
+        suffix: the reward without the blocks before ``layer``, see :meth:`RewardModel.suffix`.
+        depth: i, backbone blocks kept; 0 for none.
+        layer: j, the reward block that the stitch feeds.
+        latent_size: (H, W) of the latents it is made for.
+        null_condition: one row, the backbone's encoding of the empty prompt.
+        text_options: what ``null_condition`` was encoded with (for SD3 ``max_sequence_length``).
+        details: what else the model card should tell (search losses, training settings).
+    """
+
+    def __init__(
+        self,
+        backbone: DiffusionBackbone,
+        stitch: StitchLayer,
+        suffix: RewardModel,
+        *,
+        depth: int,
+        layer: int,
+        latent_size: tuple[int, int],
+        null_condition: Encoding,
+        text_options: dict[str, Any],
+        details: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        if depth:
+            backbone.check_depth(depth)
+        object.__setattr__(self, "backbone", backbone)  # out of parameters(), state_dict() and .to()
+        self.stitch = stitch
+        self.suffix = suffix
+        self.depth, self.layer = depth, layer
+        self.latent_size = tuple(latent_size)
+        self.grid = backbone.grid(self.latent_size)
+        self.text_options = dict(text_options)
+        self.details = dict(details or {})
+        self._null_names = tuple(null_condition)
+        for name, row in null_condition.items():
+            self.register_buffer(f"null_{name}", row.detach().clone())
+
+    @property
+    def null_condition(self) -> Encoding:
+        return {name: getattr(self, f"null_{name}") for name in self._null_names}
+
+    # -- the value -----------------------------------------------------------------------------------------------------
+
+    def check_latent_size(self, latent_size: tuple[int, int]) -> None:
+        """Raises ValueError unless latents of this (H, W) are what the model was made for."""
+        if tuple(latent_size) != self.latent_size:
+            raise ValueError(f"latents: this value model was made for latents of {self.latent_size}, got {tuple(latent_size)}")
+
+    def tokens(self, latents: Tensor, sigma: float | Tensor) -> Tensor:
+        """The tokens that the stitch reads [B, N, C]: backbone features under the null text, or the latent's patches."""
+        self.check_latent_size(latents.shape[-2:])
+        if self.depth == 0:
+            self.backbone.check_latents(latents, sigma)
+            return patchify(latents, latents.shape[-1] // self.grid[1])
+        return self.backbone.features(latents, sigma, expand_rows(self.null_condition, latents.shape[0]), self.depth)
+
+    def forward(self, tokens: Tensor) -> RewardOutput:
+        """Stitch and reward suffix on backbone tokens [B, N, C]: the trainable part, which data parallelism wraps."""
+        return self.suffix.forward_from(self.stitch(tokens, self.grid), self.layer)
+
+    def output(self, latents: Tensor, sigma: float | Tensor) -> RewardOutput:
+        """The suffix's tokens and embedding for noisy latents [B, C, H, W]."""
+        return self(self.tokens(latents, sigma))
+
+    def score(self, output: RewardOutput, condition: Condition) -> Tensor:
+        return self.suffix.score(output, self.suffix.encode_condition(condition.prompts))
+
+    def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
+        self.check_condition(latents, condition)
+        return self.score(self.output(latents, sigma), condition)
+
+    def can_share(self, condition: Condition) -> bool:
+        """Whether guidance's unconditional branch runs the very prefix that the value needs: the same null text."""
+        if self.depth == 0 or condition.uncond is None or condition.guidance_scale <= 1:
+            return False
+        return is_same_encoding(condition.uncond, self.null_condition)
+
+    def denoise_with_value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
+        """As the base class says; with an empty negative prompt the unconditional branch's prefix serves the value too.
+
+        The transformer then runs exactly as often as for plain classifier-free guidance; what guidance adds is the stitch,
+        the suffix, and a backward pass through ``depth`` blocks.
+        """
+        self.check_condition(latents, condition)
+        if not self.can_share(condition):
+            return super().denoise_with_value(latents, sigma, condition)
+        self.check_latent_size(latents.shape[-2:])
+        null = expand_rows(self.null_condition, latents.shape[0])
+        uncond, tokens, leaf = self.backbone.velocity_and_features(latents, sigma, null, self.depth)
+        with torch.inference_mode(False), torch.enable_grad():
+            value = self.score(self(tokens), condition)
+            (grad,) = torch.autograd.grad(value.sum(), leaf)
+        with torch.no_grad():
+            cond = self.backbone.velocity(latents, sigma, condition.cond)
+        return uncond + condition.guidance_scale * (cond - uncond), value.detach(), grad.float()
+
+    # -- folders -------------------------------------------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any]:
+        """What :meth:`save_pretrained` writes as config.json."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "depth": self.depth,
+            "layer": self.layer,
+            "latent_size": list(self.latent_size),
+            "stitch": {
+                "in_width": self.stitch.project.in_features,
+                "out_width": self.stitch.project.out_features,
+                "out_grid": list(self.stitch.out_grid),
+                "num_prefix_tokens": 0 if self.stitch.prefix is None else len(self.stitch.prefix),
+                "with_position": self.stitch.position is not None,
+            },
+            "backbone": self.backbone.fingerprint(self.depth),
+            "reward": self.suffix.describe(),
+            "null_condition": {name: list(row.shape) for name, row in self.null_condition.items()},
+            "text_options": self.text_options,
+            "details": self.details,
+        }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and README.md (the model card) into a folder."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        save_file(state, folder / "model.safetensors.partial")
+        (folder / "config.json.partial").write_text(json.dumps(self.config(), indent=1))
+        (folder / "README.md.partial").write_text(model_card(self.config()))
+        for name in ("model.safetensors", "README.md", "config.json"):
+            (folder / f"{name}.partial").replace(folder / name)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, pipe, dtype: torch.dtype = torch.float32) -> StitchedValue:
+        """Load a saved value model onto the backbone of a pipeline (or a bare transformer), on its device, frozen.
+
+        Raises:
+            OSError: the folder or one of its files is missing or unreadable.
+            ValueError: the value model was made for another backbone.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            state = load_file(folder / "model.safetensors")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise OSError(f"folder: expected a saved value model (config.json, model.safetensors) in {folder}, got: {error}") from error
+        if config.get("format_version") != FORMAT_VERSION:
+            raise OSError(f"folder: expected format_version {FORMAT_VERSION} in {folder / 'config.json'}, got {config.get('format_version')}")
+        backbone = backbone_of(pipe)
+        backbone.check_fingerprint(config["backbone"], config["depth"])
+        value = cls(
+            backbone,
+            StitchLayer(**config["stitch"]),
+            reward_suffix_from_description(config["reward"], config["layer"]),
+            depth=config["depth"],
+            layer=config["layer"],
+            latent_size=tuple(config["latent_size"]),
+            null_condition={name: torch.zeros(shape) for name, shape in config["null_condition"].items()},
+            text_options=config["text_options"],
+            details=config["details"],
+        )
+        try:
+            value.load_state_dict(state)
+        except RuntimeError as error:
+            raise OSError(f"folder: the weights in {folder} do not fit its config.json: {error}") from error
+        return value.to(backbone.device, dtype).eval().requires_grad_(False)

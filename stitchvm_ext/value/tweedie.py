@@ -1,0 +1,50 @@
+"""The usual baseline: denoise in one step, decode, score."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backbones import Condition, backbone_of
+from ..backbones.latents import decode_latents
+from ..rewards.base import RewardModel
+from .base import ValueEstimator
+
+
+class TweedieValue(ValueEstimator):
+    """``r(D(z_t - t u))``: the reward of the decoded posterior mean (METHOD.md §5, baseline DPS).
+
+    The velocity is the guided (CFG) one. It is biased where the posterior is wide, because the reward of a mean is not the
+    mean of the reward, and its gradient runs through the reward, the decoder and both branches of the denoiser.
+
+    Args:
+        pipe: a pipeline with ``transformer`` and ``vae``.
+        reward: scores images in [0, 1].
+    """
+
+    def __init__(self, pipe, reward: RewardModel):
+        self.backbone = backbone_of(pipe)
+        self.vae = pipe.vae
+        self.reward = reward
+
+    def score_velocity(self, latents: Tensor, sigma: Tensor, velocity: Tensor, condition: Condition) -> Tensor:
+        """The reward [B] of the posterior mean that a velocity at ``latents`` implies."""
+        clean = latents.float() - sigma.view(-1, 1, 1, 1) * velocity.float()
+        images = decode_latents(self.vae, clean)
+        return self.reward.score(self.reward.output(images), self.reward.encode_condition(condition.prompts))
+
+    def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
+        self.check_condition(latents, condition)
+        sigma = self.backbone.check_latents(latents, sigma)
+        return self.score_velocity(latents, sigma, self.backbone.guided_velocity(latents, sigma, condition), condition)
+
+    def denoise_with_value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
+        """As the base class says; the denoiser's one forward pass serves the step and the value's gradient."""
+        self.check_condition(latents, condition)
+        sigma = self.backbone.check_latents(latents, sigma)
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = latents.detach().clone().requires_grad_()
+            velocity = self.backbone.guided_velocity(leaf, sigma, condition)
+            value = self.score_velocity(leaf, sigma, velocity, condition)
+            (grad,) = torch.autograd.grad(value.sum(), leaf)
+        return velocity.detach(), value.detach(), grad.float()

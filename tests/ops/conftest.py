@@ -1,0 +1,40 @@
+"""Fixtures of the op tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_helpers import C, KERNEL_BACKENDS
+
+from stitchvm_ext.ops import _loader
+
+
+@pytest.fixture
+def use_backend():
+    """A function that makes a backend of op_helpers usable and returns the name that the ops take.
+
+    It skips where there is no CUDA device; a CPU level is restored when the test ends.
+    """
+
+    def use(backend: str) -> str:
+        if backend == "cuda":
+            if not _loader.library_cuda.loaded:
+                pytest.skip(_loader.library_cuda.reason)
+            if not torch.cuda.is_available():
+                pytest.skip("no CUDA device")
+        if backend.startswith("cpu-"):
+            C.set_cpu_level(backend.removeprefix("cpu-"))
+            return "cpu"
+        return backend
+
+    yield use
+    if C is not None:
+        C.set_cpu_level(C.detected_cpu_level())
+
+
+def pytest_generate_tests(metafunc):
+    """`kernel` runs over the compiled backends, `backend` over these and the reference; "cuda" carries its marker."""
+    for argument, names in (("kernel", KERNEL_BACKENDS), ("backend", ["reference", *KERNEL_BACKENDS])):
+        if argument in metafunc.fixturenames:
+            params = [pytest.param(n, marks=pytest.mark.cuda) if n == "cuda" else n for n in names]
+            metafunc.parametrize(argument, params)

@@ -1,0 +1,258 @@
+"""resample_tokens: values, adjoint, memory safety, registration and messages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_helpers import (
+    OFFSETS,
+    SENTINEL,
+    assert_accurate,
+    assert_gradient,
+    assert_untouched,
+    device_of,
+    dtypes_of,
+    guarded,
+)
+
+from stitchvm_ext.ops import _loader, reference, resample_tokens
+
+needs_ops = pytest.mark.skipif(not _loader.HAS_OPS, reason=_loader.library_c.reason)
+
+# (B, grid, out_grid, C)
+CASES = [
+    (1, (1, 1), (1, 1), 1),
+    (2, (1, 1), (3, 2), 31),
+    (2, (5, 3), (1, 1), 32),
+    (1, (4, 4), (4, 4), 33),
+    (2, (8, 6), (3, 5), 1),
+    (2, (3, 5), (8, 6), 7),
+    (1, (31, 33), (7, 32), 8),
+    (1, (2, 9), (33, 31), 5),
+    (1, (16, 16), (7, 7), 300),
+    (1, (7, 1), (1, 9), 64),
+]
+EMPTY = [(0, (2, 3), (4, 5), 8), (2, (2, 3), (4, 5), 0)]
+
+
+def eager(x, grid, out_grid):
+    image = x.unflatten(1, grid).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=out_grid, mode="bilinear", align_corners=False, antialias=False)
+    return image.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+
+
+def tokens(case, dtype=torch.float64, device="cpu", seed=0):
+    b, (h, w), _, c = case
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(b, h * w, c, generator=g, dtype=torch.float64).to(dtype).to(device)
+
+
+def eager_or_empty(x, grid, out_grid):
+    """F.interpolate refuses empty batches and channels."""
+    if x.numel() == 0:
+        return x.new_empty(x.shape[0], out_grid[0] * out_grid[1], x.shape[2])
+    return eager(x, grid, out_grid)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reference_is_interpolate(case):
+    _, grid, out_grid, _ = case
+    x = tokens(case)
+    torch.testing.assert_close(reference.resample_tokens(x, grid, out_grid), eager(x, grid, out_grid))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reference_adjoint_is_autograd(case):
+    _, grid, out_grid, _ = case
+    x = tokens(case).requires_grad_()
+    y = eager(x, grid, out_grid)
+    grad = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close(reference.resample_tokens_input_grad(grad, grid, out_grid), expected)
+
+
+@pytest.mark.parametrize("case", CASES + EMPTY)
+def test_values(backend, case, use_backend):
+    _, grid, out_grid, _ = case
+    name = use_backend(backend)
+    for dtype in dtypes_of(backend):
+        x = tokens(case, dtype, device_of(backend))
+        got = resample_tokens(x, grid, out_grid, backend=name)
+        assert got.is_contiguous()
+        assert_accurate(got, eager_or_empty(x.double(), grid, out_grid), eager_or_empty(x, grid, out_grid))
+
+
+def test_same_grid_is_exact(backend, use_backend):
+    name = use_backend(backend)
+    x = tokens((2, (5, 7), None, 9), torch.float32, device_of(backend))
+    assert torch.equal(resample_tokens(x, (5, 7), (5, 7), backend=name), x)
+
+
+@pytest.mark.parametrize("case", CASES + EMPTY)
+def test_gradient(backend, case, use_backend):
+    b, grid, out_grid, c = case
+    name = use_backend(backend)
+    for dtype in dtypes_of(backend):
+        x = tokens(case, dtype, device_of(backend))
+        grad = tokens((b, out_grid, None, c), dtype, device_of(backend), seed=1)
+
+        def gradient(f, x, grad):
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(f(x, grid, out_grid), x, grad)[0]
+
+        got = gradient(lambda *a: resample_tokens(*a, backend=name), x, grad)
+        if x.numel() == 0:
+            assert got.shape == x.shape
+        else:
+            assert_gradient(got, gradient(eager, x.double(), grad.double()), gradient(eager, x, grad))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adjoint_identity(backend, case, use_backend):
+    """<R x, y> == <x, R' y> in float64, and every column of R' sums to what R spreads: R 1 = 1."""
+    if backend == "cuda":
+        pytest.skip("float64 runs on the reference there")
+    b, grid, out_grid, c = case
+    name = use_backend(backend)
+    x = tokens(case).requires_grad_()
+    y = tokens((b, out_grid, None, c), seed=1)
+    out = resample_tokens(x, grid, out_grid, backend=name)
+    (adjoint,) = torch.autograd.grad(out, x, y)
+    torch.testing.assert_close((out * y).sum(), (x * adjoint).sum())
+    torch.testing.assert_close(adjoint.sum(1), y.sum(1))
+
+
+def test_strided_inputs(backend, use_backend):
+    name = use_backend(backend)
+    x = torch.randn(2, 24, 12, device=device_of(backend)).transpose(1, 2)
+    got = resample_tokens(x, (3, 4), (5, 2), backend=name)
+    assert_accurate(got, eager(x.double(), (3, 4), (5, 2)), eager(x, (3, 4), (5, 2)))
+
+
+@needs_ops
+@pytest.mark.parametrize("channels", [1, 31, 32, 33])
+def test_every_start_offset(kernel, channels, use_backend):
+    """Inputs lie between NaNs and outputs between sentinels: reading or writing outside shows."""
+    use_backend(kernel)
+    grid, out_grid = (3, 4), (5, 2)
+    for dtype in dtypes_of(kernel):
+        x0 = tokens((2, grid, None, channels), dtype, device_of(kernel))
+        g0 = tokens((2, out_grid, None, channels), dtype, device_of(kernel))
+        expected = torch.ops.stitchvm.resample_tokens(x0, *grid, *out_grid)
+        expected_grad = torch.ops.stitchvm.resample_tokens_input_grad(g0, *grid, *out_grid)
+        for offset in OFFSETS:
+            x, g = (guarded(t, offset, float("nan"))[0] for t in (x0, g0))
+            out, buffer = guarded(torch.full_like(g, SENTINEL), offset, SENTINEL)
+            torch.ops.stitchvm.resample_tokens.out(x, *grid, *out_grid, out=out)
+            torch.testing.assert_close(out, expected)
+            assert_untouched(buffer, offset, out.numel())
+            out, buffer = guarded(torch.full_like(x, SENTINEL), offset, SENTINEL)
+            torch.ops.stitchvm.resample_tokens_input_grad.out(g, *grid, *out_grid, out=out)
+            torch.testing.assert_close(out, expected_grad)
+            assert_untouched(buffer, offset, out.numel())
+
+
+@needs_ops
+def test_gradient_bits_repeat(kernel, use_backend):
+    """The gather has a fixed order of summation, whatever the run and the number of threads."""
+    use_backend(kernel)
+    grad = torch.randn(2, 49, 256, device=device_of(kernel))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first = torch.ops.stitchvm.resample_tokens_input_grad(grad, 16, 16, 7, 7)
+        torch.set_num_threads(3)
+        second = torch.ops.stitchvm.resample_tokens_input_grad(grad, 16, 16, 7, 7)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(first, second)
+
+
+@needs_ops
+def test_every_pair_of_sides_gathers_what_it_scattered():
+    """The range of readers in the adjoint must miss no output position, for any pair of sides."""
+    for size in range(1, 18):
+        for out_size in range(1, 18):
+            grad = torch.randn(1, out_size, 1, dtype=torch.float64)
+            got = torch.ops.stitchvm.resample_tokens_input_grad(grad, size, 1, out_size, 1)
+            expected = reference.resample_tokens_input_grad(grad, (size, 1), (out_size, 1))
+            torch.testing.assert_close(got, expected, msg=f"{size} -> {out_size}")
+
+
+@needs_ops
+def test_largest_side():
+    x = torch.arange(32767, dtype=torch.float64).view(1, -1, 1)
+    torch.testing.assert_close(resample_tokens(x, (32767, 1), (32766, 1)), eager(x, (32767, 1), (32766, 1)))
+
+
+@needs_ops
+def test_second_derivative_raises_with_advice():
+    x = tokens((1, (2, 3), None, 4)).requires_grad_()
+    (grad,) = torch.autograd.grad(resample_tokens(x, (2, 3), (4, 2)).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        grad.sum().backward()
+    y = resample_tokens(x, (2, 3), (4, 2), backend="reference").square().sum()
+    (grad,) = torch.autograd.grad(y, x, create_graph=True)
+    grad.square().sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+@needs_ops
+@pytest.mark.parametrize(("grid", "out_grid"), [((3, 4), (5, 2)), ((4, 4), (3, 6))])
+def test_gradcheck(grid, out_grid):
+    x = tokens((2, grid, None, 3)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: resample_tokens(x, grid, out_grid, backend="cpu"), x)
+
+
+@needs_ops
+def test_opcheck():
+    x = tokens((2, (3, 4), None, 5), torch.float32)
+    torch.library.opcheck(torch.ops.stitchvm.resample_tokens.default, (x.requires_grad_(), 3, 4, 5, 2))
+    grad = tokens((2, (5, 2), None, 5), torch.float32)
+    torch.library.opcheck(torch.ops.stitchvm.resample_tokens_input_grad.default, (grad, 3, 4, 5, 2))
+
+
+@needs_ops
+@pytest.mark.slow
+def test_compiles_in_one_graph():
+    x = tokens((2, (3, 4), None, 5), torch.float32)
+    compiled = torch.compile(lambda x: 2 * resample_tokens(x, (3, 4), (5, 2)), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), 2 * resample_tokens(x, (3, 4), (5, 2)))
+
+
+@needs_ops
+def test_dtype_without_a_kernel():
+    x = tokens((2, (3, 4), None, 5), torch.float16)
+    assert_accurate(resample_tokens(x, (3, 4), (5, 2)), eager(x.double(), (3, 4), (5, 2)), eager(x, (3, 4), (5, 2)))
+    with pytest.raises(TypeError, match="float32, bfloat16, float64, got float16"):
+        resample_tokens(x, (3, 4), (5, 2), backend="cpu")
+
+
+X = torch.zeros(2, 12, 4)
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        (([1.0], (3, 4), (2, 2)), TypeError, "x: expected a tensor, got list"),
+        ((X.int(), (3, 4), (2, 2)), TypeError, "x: expected a floating-point dtype, got torch.int32"),
+        ((X[0], (3, 4), (2, 2)), ValueError, r"x: expected shape \[B, N, C\], got \[12, 4\]"),
+        ((X, (3, 5), (2, 2)), ValueError, r"x: expected \[B, 3 \* 5 = 15, C\] for the grid, got \[2, 12, 4\]"),
+        ((X, (3, 4, 1), (2, 2)), ValueError, "grid: expected two integers"),
+        ((X, 12, (2, 2)), ValueError, "grid: expected two integers"),
+        ((X, (3, 4.0), (2, 2)), TypeError, "grid: expected two integers"),
+        ((X, (3, 4), (0, 2)), ValueError, r"out_grid: expected sides in \[1, 32767\], got \(0, 2\)"),
+        ((X, (3, 4), (2, 40000)), ValueError, "out_grid: expected sides in"),
+    ],
+)
+def test_bad_input(args, error, message):
+    with pytest.raises(error, match="resample_tokens: " + message):
+        resample_tokens(*args)
+
+
+@needs_ops
+def test_direct_calls_of_the_op_are_checked():
+    for bad in ((X, 3, 5, 2, 2), (X[0], 3, 4, 2, 2), (X, 3, 4, 0, 2), (X.half(), 3, 4, 2, 2), (X, 3, 4, 1, 40000)):
+        with pytest.raises(RuntimeError):
+            torch.ops.stitchvm.resample_tokens(*bad)
