@@ -3,7 +3,7 @@
 Environment:
   STITCHVM_BUILD_CUDA   0: without CUDA; 1: with CUDA, or fail saying why; auto (default): with CUDA where possible.
   STITCHVM_CUDA_ARCHS   architectures for _cuda, e.g. "80;90". Default: the known ones that nvcc supports.
-  CUDA_HOME             the CUDA toolkit, where several are installed. Default: that of nvcc on PATH, then /usr/local/cuda.
+  CUDA_HOME             the CUDA toolkit. Default: that of nvcc on PATH, then /usr/local/cuda.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Stitched value models for diffusion alignment (StitchVM). The public names; what they need is imported when first used."""
+"""Stitched value models for diffusion alignment (StitchVM). The public names; what they need is imported when first
+used.
+"""
 
 from __future__ import annotations
 

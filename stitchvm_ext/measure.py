@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +27,8 @@ def _resident_bytes() -> int:
 def peak_memory(device: torch.device | str = "cpu"):
     """Measure the extra memory of a ``with`` block; read ``.bytes`` after it.
 
-    On CUDA this is the allocator's own peak. On the CPU free heap pages are returned to the system first, then the process's
-    resident size is sampled every two milliseconds; without Linux's /proc the result stays 0.
+    On CUDA this is the allocator's own peak. On the CPU free heap pages are returned to the system first, then the
+    process's resident size is sampled every two milliseconds; without Linux's /proc the result stays 0.
     """
     device = torch.device(device)
     result = PeakMemory()
@@ -41,10 +41,8 @@ def peak_memory(device: torch.device | str = "cpu"):
     if not os.path.exists("/proc/self/statm"):
         yield result
         return
-    try:
+    with suppress(OSError, AttributeError):  # another C library keeps its free pages: the figure is a lower bound
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):  # another C library keeps its free pages; the figure is then a lower bound
-        pass
     before, done = _resident_bytes(), threading.Event()
 
     def sample():

@@ -1,8 +1,8 @@
 """A world in which everything is known in closed form.
 
-The clean latents follow a mixture of Gaussians, ``z_0 ~ sum_k pi_k N(m_k, S_k)`` in D dimensions, and the reward is quadratic,
-``r(z_0) = b.z_0 + z_0'A z_0 / 2``. Along ``z_t = (1-t) z_0 + t eps`` velocity, posterior, soft value and the distribution tilted by
-``exp(lambda r)`` (a mixture again) all have formulas. Parameters and arithmetic are float64.
+The clean latents follow a mixture of Gaussians, ``z_0 ~ sum_k pi_k N(m_k, S_k)`` in D dimensions, and the reward is
+quadratic, ``r(z_0) = b.z_0 + z_0'A z_0 / 2``. Along ``z_t = (1-t) z_0 + t eps`` velocity, posterior, soft value and
+the distribution tilted by ``exp(lambda r)`` (a mixture again) all have formulas. Parameters and arithmetic are float64.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class OracleWorld:
     shape: tuple[int, int, int]  # C, H, W of the latents, C*H*W = D
 
     def posterior(self, z: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
-        """``z_0 | z_t``, a mixture per sample: weights [B, K], means [B, K, D] and covariances [K, D, D] of z [B, D]."""
+        """``z_0 | z_t``, a mixture per sample: weights [B, K], means [B, K, D] and covariances [K, D, D] of z [B,
+        D].
+        """
         a, covs = 1 - t, self.prior.covs
         identity = torch.eye(covs.shape[-1], dtype=torch.float64)
         marginal = Mixture(self.prior.weights, a * self.prior.means, a * a * covs + t * t * identity)

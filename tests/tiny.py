@@ -52,7 +52,7 @@ def _text_encoder(vocabulary: int):
     ).eval().requires_grad_(False)  # fmt: skip
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def tiny_pipeline(t5: bool = False, shift: float = 3.0):
     """A whole StableDiffusion3Pipeline: 32x32 images, 4x16x16 latents, 64 image tokens. Treat it as read-only."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
@@ -79,7 +79,7 @@ def tiny_pipeline(t5: bool = False, shift: float = 3.0):
     return pipe
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def tiny_reward(layers: int = 3):
     """An OpenClipReward on 32x32 images: 4x4 patches of width 32. Treat it as read-only."""
     from open_clip.model import CLIP

@@ -26,4 +26,13 @@ def backbone_of(pipe_or_transformer) -> DiffusionBackbone:
     return REGISTRY[name](transformer)
 
 
-__all__ = ["Condition", "DiffusionBackbone", "Encoding", "REGISTRY", "SD3Backbone", "backbone_of", "expand_rows", "is_same_encoding"]
+__all__ = [
+    "Condition",
+    "DiffusionBackbone",
+    "Encoding",
+    "REGISTRY",
+    "SD3Backbone",
+    "backbone_of",
+    "expand_rows",
+    "is_same_encoding",
+]

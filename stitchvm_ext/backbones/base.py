@@ -1,8 +1,8 @@
 """The base class of diffusion backbones: one adapter per architecture, 5 to 30 lines each.
 
-An adapter answers three questions about a diffusers transformer: which keyword arguments a latent, a noise level and a text
-become; what token grid a latent has; and how texts are encoded. Everything else (truncation, features, velocity, the shared
-prefix) is written once, here.
+An adapter answers three questions about a diffusers transformer: which keyword arguments a latent, a noise level and
+a text become; what token grid a latent has; and how texts are encoded. Everything else (truncation, features,
+velocity, the shared prefix) is written once, here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def blocks_of(transformer: nn.Module) -> list[nn.Module]:
 
 
 def _sample_weights(block: nn.Module, count: int = 8) -> list[float]:
-    """A few entries of the block's first matrix: enough to tell two trainings apart, stable under rounding to bfloat16."""
+    """A few entries of the block's first matrix: enough to tell two trainings apart, stable under rounding to
+    bfloat16.
+    """
     matrix = next(p for p in block.parameters() if p.ndim == 2)
     return [round(v, 6) for v in matrix.detach().flatten()[:: max(1, matrix.numel() // count)][:count].float().tolist()]
 
@@ -67,9 +69,9 @@ def truncate(transformer: nn.Module, depth: int) -> nn.Module:
 class DiffusionBackbone:
     """A frozen diffusion transformer seen as a stack of blocks over image tokens.
 
-    Latents are [B, C, H, W]; sigma is a float or a tensor [B] in [0, 1], 1 = noise; tokens are [B, N, width] in row-major
-    order of the token grid. Subclasses set ``image_tokens_index`` (where a block's output holds the image tokens) and
-    implement :meth:`inputs`, :meth:`encode_text` and :meth:`grid`.
+    Latents are [B, C, H, W]; sigma is a float or a tensor [B] in [0, 1], 1 = noise; tokens are [B, N, width] in
+    row-major order of the token grid. Subclasses set ``image_tokens_index`` (where a block's output holds the image
+    tokens) and implement :meth:`inputs`, :meth:`encode_text` and :meth:`grid`.
     """
 
     image_tokens_index: int = 1
@@ -105,7 +107,9 @@ class DiffusionBackbone:
     # -- identity ------------------------------------------------------------------------------------------------------
 
     def fingerprint(self, depth: int) -> dict[str, Any]:
-        """What a saved value model remembers of the backbone: its class, width and depth, and a few weights of each kept block."""
+        """What a saved value model remembers of the backbone: its class, width and depth, and a few weights of each
+        kept block.
+        """
         return {
             "class": type(self.transformer).__name__,
             "width": self.width,
@@ -119,10 +123,14 @@ class DiffusionBackbone:
         got = self.fingerprint(depth)
         for name in ("class", "width", "depth", "latent_channels"):
             if got[name] != expected[name]:
-                raise ValueError(f"pipe: the value model was made for a backbone with {name} {expected[name]}, got {got[name]}")
+                raise ValueError(
+                    f"pipe: the value model was made for a backbone with {name} {expected[name]}, got {got[name]}"
+                )
         for number, (mine, theirs) in enumerate(zip(got["weights"], expected["weights"], strict=True), 1):
             if not torch.allclose(torch.tensor(mine), torch.tensor(theirs), rtol=2**-6, atol=1e-4):
-                raise ValueError(f"pipe: the value model was made for other backbone weights; they differ in block {number}")
+                raise ValueError(
+                    f"pipe: the value model was made for other backbone weights; they differ in block {number}"
+                )
 
     # -- written once --------------------------------------------------------------------------------------------------
 
@@ -154,7 +162,9 @@ class DiffusionBackbone:
         if sigma.ndim > 1 or (sigma.ndim == 1 and sigma.shape[0] != latents.shape[0]):
             raise ValueError(f"sigma: expected one noise level or {latents.shape[0]}, got shape {list(sigma.shape)}")
         if not bool(((sigma >= 0) & (sigma <= 1)).all()):
-            raise ValueError(f"sigma: expected noise levels in [0, 1], got {sigma.min().item():g}..{sigma.max().item():g}")
+            raise ValueError(
+                f"sigma: expected noise levels in [0, 1], got {sigma.min().item():g}..{sigma.max().item():g}"
+            )
         return sigma.expand(latents.shape[0])
 
     def truncated(self, depth: int) -> nn.Module:

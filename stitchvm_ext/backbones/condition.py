@@ -31,7 +31,9 @@ class Condition:
         for branch in (self.cond, self.uncond or {}):
             for name, rows in branch.items():
                 if rows.shape[0] != len(self.prompts):
-                    raise ValueError(f"condition: expected {len(self.prompts)} rows of {name}, one per prompt, got {rows.shape[0]}")
+                    raise ValueError(
+                        f"condition: expected {len(self.prompts)} rows of {name}, one per prompt, got {rows.shape[0]}"
+                    )
         if self.guidance_scale > 1 and self.uncond is None:
             raise ValueError(f"condition: guidance_scale {self.guidance_scale} needs encodings of a negative prompt")
 
@@ -58,8 +60,8 @@ def expand_rows(encoding: Encoding, batch: int) -> Encoding:
 def is_same_encoding(encoding: Encoding, one_row: Encoding) -> bool:
     """Whether every row of ``encoding`` encodes the text of ``one_row``, up to the rounding of bfloat16.
 
-    Rounding matters because text encoders give slightly different numbers in batches of different size; another text is far
-    outside of it.
+    Rounding matters because text encoders give slightly different numbers in batches of different size; another text
+    is far outside of it.
     """
     if encoding.keys() != one_row.keys():
         return False

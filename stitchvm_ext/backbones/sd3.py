@@ -30,7 +30,8 @@ class SD3Backbone(DiffusionBackbone):
         h, w = (side // patch for side in latent_hw)
         if (h * patch, w * patch) != tuple(latent_hw) or not (0 < h <= largest and 0 < w <= largest):
             raise ValueError(
-                f"latents: expected height and width to be multiples of {patch} up to {largest * patch}, got {tuple(latent_hw)}"
+                f"latents: expected height and width to be multiples of {patch} up to {largest * patch}, "
+                f"got {tuple(latent_hw)}"
             )
         return h, w
 

@@ -99,7 +99,7 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, kernels: dic
 def choose_backend(op: str, x: Tensor, backend: str | None, kernels: dict[str, tuple[torch.dtype, ...]]) -> str:
     """The backend that a call uses.
 
-    With `backend=None`, the compiled kernel for the device and dtype of `x` where there is one, the reference otherwise.
+    With `backend=None`, the compiled kernel for the device and dtype of `x` where there is one, else the reference.
     A backend that is named is used or refused, never replaced.
 
     Raises:

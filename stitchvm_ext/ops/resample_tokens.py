@@ -24,7 +24,8 @@ def resample_tokens(
     gather with a fixed order of summation, the same on every run.
 
     Args:
-        x: [B, H*W, C], floating point, token (row, column) at index row * W + column. Non-contiguous tensors are copied.
+        x: [B, H*W, C], floating point, token (row, column) at index row * W + column. Non-contiguous tensors are
+            copied.
         grid: (H, W), each in [1, 32767].
         out_grid: (h, w), each in [1, 32767].
         backend: "reference", "cpu" or "cuda"; None takes the kernel for x's device and dtype where there is one (see

@@ -11,7 +11,7 @@ RETRAIN = "reinstall the package, or train them again: python -m stitchvm_ext.pl
 
 
 def weights_dir() -> Path:
-    """The folder of the embedded weights: pipeline/, reward/ and held_out_reward/."""
+    """The folder of the embedded weights: pipeline/, reward/, held_out_reward/, value/ and value_vae_only/."""
     return Path(__file__).parent / "weights"
 
 
@@ -66,3 +66,19 @@ def load_reward(kind: str = "clip", held_out: bool = False, folder: str | Path |
         return classes[kind].from_pretrained(f"playground:{name}" if folder is None else part, licence="Apache-2.0")
     except (OSError, ValueError) as error:
         raise OSError(f"playground weights: {part} cannot be loaded ({error}); {RETRAIN}") from error
+
+
+def load_value(pipe, vae_only: bool = False, folder: str | Path | None = None):
+    """The stitched value model of the target reward, on a playground pipeline's own backbone.
+
+    Args:
+        pipe: what :func:`load_pipeline` returned.
+        vae_only: the baseline that stitches to the VAE latent without the backbone.
+        folder: weights that ``playground.train`` wrote; default the embedded ones.
+
+    Raises:
+        OSError: the folder is missing or damaged. ValueError: ``pipe`` is another backbone.
+    """
+    from ..value import StitchedValue
+
+    return StitchedValue.from_pretrained(_part(folder, "value_vae_only" if vae_only else "value", "config.json"), pipe)

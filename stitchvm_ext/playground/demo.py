@@ -19,7 +19,9 @@ TWEEDIE_STRENGTH = 0.5
 ACCURACY_SIGMAS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 
 
-def run_demo(out: Path, num_prompts: int = 12, num_inference_steps: int = 20, seed: int = 0) -> dict[str, dict[str, float]]:
+def run_demo(
+    out: Path, num_prompts: int = 12, num_inference_steps: int = 20, seed: int = 0
+) -> dict[str, dict[str, float]]:
     """Run the demo into a folder: grid.png, value_accuracy.png, results.json. Returns the table's figures by method."""
     if num_prompts < 1:
         raise ValueError(f"prompts: expected at least 1, got {num_prompts}")
@@ -50,14 +52,17 @@ def run_demo(out: Path, num_prompts: int = 12, num_inference_steps: int = 20, se
     data = held_out(pipe, reward, 192)
     curves = {
         name: noise_level_accuracy(estimator, data, sigmas=ACCURACY_SIGMAS)
-        for name, estimator in tqdm({"stitched": stitched, "VAE-only stitch": vae_only, "Tweedie": tweedie}.items(), desc="value accuracy")
+        for name, estimator in tqdm(
+            {"stitched": stitched, "VAE-only stitch": vae_only, "Tweedie": tweedie}.items(), desc="value accuracy"
+        )
     }
     save_grid(results, prompts, out / "grid.png")
     plot_accuracy(curves, out / "value_accuracy.png")
     partial = out / "results.json.partial"
     partial.write_text(json.dumps({"prompts": prompts, "methods": figures, "value_accuracy": curves}, indent=1))
     partial.replace(out / "results.json")
-    print(f"\nWrote {out / 'grid.png'}, {out / 'value_accuracy.png'} and {out / 'results.json'} in {time.perf_counter() - began:.0f} s.")
+    seconds = time.perf_counter() - began
+    print(f"\nWrote grid.png, value_accuracy.png and results.json into {out} in {seconds:.0f} s.")
     return figures
 
 
@@ -71,7 +76,9 @@ def table(figures: dict[str, dict[str, float]]) -> str:
             f"{f['seconds_per_image']:>9.2f}{f['peak_bytes'] / 2**20:>9.0f}"
         )
     lines.append("reward: CLIP similarity, which guidance follows; held-out: another CLIP's, which it never sees;")
-    lines.append("objects, colours, count: share of pictures in which the exact checker finds what the prompt asks for.")
+    lines.append(
+        "objects, colours, count: share of pictures in which the exact checker finds what the prompt asks for."
+    )
     return "\n".join(lines)
 
 
@@ -110,5 +117,3 @@ def plot_accuracy(curves: dict[str, list[dict[str, float]]], path: Path) -> None
         ax.grid(alpha=0.3)
         ax.legend()
     figure.savefig(path, dpi=140)
-
-

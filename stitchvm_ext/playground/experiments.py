@@ -15,6 +15,7 @@ from ..backbones.latents import decode_latents, encode_images
 from ..measure import peak_memory
 from ..value import StitchedValue, TweedieValue, ValueEstimator
 from . import world
+from .evaluate import checker_accuracy, held_out_captions
 
 SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)
 
@@ -85,12 +86,14 @@ def noisy_latents(latents: Tensor, sigma: float, seed: int = 3) -> Tensor:
 
 
 @torch.no_grad()
-def noise_level_accuracy(estimator: StitchedValue | TweedieValue, data: HeldOut, head=None, sigmas=SIGMAS) -> list[dict[str, float]]:
+def noise_level_accuracy(
+    estimator: StitchedValue | TweedieValue, data: HeldOut, head=None, sigmas=SIGMAS
+) -> list[dict[str, float]]:
     """How well an estimator reads noisy held-out latents, one row per sigma.
 
-    ``spearman``: of its value with the clean reward over (picture, prompt) pairs; ``r_at_1``: image-to-text retrieval by its
-    embedding; ``cosine``: of its embedding with the clean one; with an aesthetic ``head`` also that score's R² and Spearman.
-    Tweedie denoises under the null text, as the stitched value reads the latent.
+    ``spearman``: of its value with the clean reward over (picture, prompt) pairs; ``r_at_1``: image-to-text retrieval
+    by its embedding; ``cosine``: of its embedding with the clean one; with an aesthetic ``head`` also that score's R²
+    and Spearman. Tweedie denoises under the null text, as the stitched value reads the latent.
     """
     rows = []
     for sigma in sigmas:
@@ -114,7 +117,10 @@ def noise_level_accuracy(estimator: StitchedValue | TweedieValue, data: HeldOut,
         }
         if head is not None:
             estimate, truth = head(embedding), head(data.embeddings)
-            row |= {"aesthetic_r2": variance_explained(estimate, truth), "aesthetic_spearman": spearman(estimate, truth)}
+            row |= {
+                "aesthetic_r2": variance_explained(estimate, truth),
+                "aesthetic_spearman": spearman(estimate, truth),
+            }
         rows.append(row)
     return rows
 
@@ -149,8 +155,8 @@ def compare_methods(
 ) -> dict[str, MethodResult]:
     """The same prompts and seeds through several methods, alternating chunk by chunk.
 
-    Figures per method: the mean of every reward, the checker's accuracies, median seconds per image over the chunks, and peak
-    extra memory in bytes.
+    Figures per method: the mean of every reward, the checker's accuracies, median seconds per image over the chunks,
+    and peak extra memory in bytes.
     """
     from ..sampling import guided_sample
 
@@ -164,7 +170,14 @@ def compare_methods(
             with peak_memory(pipe.device) as peak:
                 began = time.perf_counter()
                 result = guided_sample(
-                    pipe, method.value, part, generator=generators, output_type="pt", progress=False, **common, **method.options
+                    pipe,
+                    method.value,
+                    part,
+                    generator=generators,
+                    output_type="pt",
+                    progress=False,
+                    **common,
+                    **method.options,
                 )
                 seconds[method.name].append((time.perf_counter() - began) / len(part))
             memory[method.name] = max(memory[method.name], peak.bytes)
@@ -184,25 +197,20 @@ def compare_methods(
 @torch.no_grad()
 def score_images(images: Tensor, prompts: Sequence[str], rewards: dict[str, torch.nn.Module]) -> dict[str, float]:
     """Mean of every reward, and the checker's accuracies, on images [N, 3, 64, 64] in [0, 1]."""
-    figures = {
-        name: torch.cat([reward(x, list(prompts[k * 64 : k * 64 + len(x)])) for k, x in enumerate(images.split(64))]).mean().item()
-        for name, reward in rewards.items()
-    }
+    figures = {}
+    for name, reward in rewards.items():
+        parts = [reward(x, list(prompts[64 * k : 64 * k + len(x)])) for k, x in enumerate(images.split(64))]
+        figures[name] = torch.cat(parts).mean().item()
     pixels = (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
-    checks = [world.check(image, prompt) for image, prompt in zip(pixels, prompts, strict=True)]
-    for name in ("objects", "colors", "count"):
-        figures[name] = sum(getattr(c, name) for c in checks) / len(checks)
-    return figures
+    accuracy = checker_accuracy(pixels, list(prompts))["all"]
+    return figures | {name: accuracy[name] for name in ("objects", "colors", "count")}
 
 
-def held_out_prompts(count: int, seed: int = 5) -> list[str]:
-    """Distinct held-out captions."""
-    prompts: dict[str, None] = {}
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
+def held_out_prompts(count: int) -> list[str]:
+    """The first ``count`` distinct held-out captions."""
+    prompts: list[str] = []
+    draws = count
     while len(prompts) < count:
-        prompts[world.sample(rng, held_out=True).caption] = None
-    return list(prompts)
-
-
+        draws *= 2
+        prompts = list(dict.fromkeys(held_out_captions(draws)))
+    return prompts[:count]

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import models, train_autoencoder, train_generator, train_reward, world
+from . import models, train_autoencoder, train_generator, train_reward, train_value, world
 
 PICTURES, PICTURE_SEED = 48000, 1
 VALIDATION_PICTURES, VALIDATION_SEED = 2000, 2  # of the held-out split; they also set the latents' shift and scale
@@ -209,6 +209,14 @@ def save_reward(clip, head, out: Path) -> None:
     models.build_tokenizer().save_pretrained(out)
 
 
+def check_out(out: Path) -> None:
+    """Refuse to replace anything but older weights."""
+    if out.exists() and not (
+        out.is_dir() and (not any(out.iterdir()) or (out / "pipeline/model_index.json").is_file())
+    ):
+        raise OSError(f"out: expected a new or empty folder or older playground weights, got {out}")
+
+
 def _readme(scale: float) -> str:
     share = "" if scale == 1 else f"\nA smoke test: only {scale:g} of the pictures and steps below were used.\n"
     return f"""# Weights of the StitchVM playground
@@ -223,13 +231,16 @@ Small models for demonstrations and tests. Licence: Apache-2.0, like the package
 | pipeline/ | StableDiffusion3Pipeline without T5 (call the stock class with `max_sequence_length=0`): AutoencoderKL, SD3Transformer2DModel, two CLIP text encoders | autoencoder {train_autoencoder.STEPS} steps, seed {AUTOENCODER_SEED}; transformer and text encoders {train_generator.STEPS} steps of {train_generator.BATCH}, seed {GENERATOR_SEED} |
 | reward/ | open_clip CLIP, and a scalar head on its normalised embedding in `aesthetic_head.safetensors` | {train_reward.STEPS} steps of {train_reward.BATCH}, seed {REWARD_SEEDS[0]} |
 | held_out_reward/ | the same from another seed: nothing is guided by it or trained against it | {train_reward.STEPS} steps of {train_reward.BATCH}, seed {REWARD_SEEDS[1]} |
+| value/ | the target reward stitched onto the transformer (`stitchvm_ext.stitch`) | {train_value.CONFIG.epochs} epochs of {train_value.TRAINING_PICTURES} pictures |
+| value_vae_only/ | the baseline: the same reward stitched onto the VAE latent | {train_value.VAE_ONLY_CONFIG.epochs} epochs of the same |
 
 Stored in float16, meant to be loaded in float32. The models know 25 words and nothing else.
 """  # noqa: E501
 
 
 def pack(autoencoder, generator: train_generator.Generator, clips: list[tuple], out: Path, scale: float = 1.0) -> int:
-    """Write the weights folder: pipeline/, reward/, held_out_reward/ in float16, and README.md.
+    """Write the weights folder: pipeline/, reward/, held_out_reward/ in float16, and README.md. The value models come
+    after.
 
     Args:
         autoencoder: AutoencoderKL with its shift and scaling factor in the configuration.
@@ -245,8 +256,7 @@ def pack(autoencoder, generator: train_generator.Generator, clips: list[tuple], 
         FloatingPointError: a weight that float16 cannot hold.
     """
     out = Path(out)
-    if out.exists() and any(out.iterdir()) and not (out / "pipeline" / "model_index.json").is_file():
-        raise OSError(f"out: expected a new or empty folder or older playground weights, got {out}")
+    check_out(out)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -259,12 +269,18 @@ def pack(autoencoder, generator: train_generator.Generator, clips: list[tuple], 
         file.write_text(file.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
     for file in partial.rglob("*.safetensors"):
         file.chmod(0o644)
-    size = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())
-    if size > MAX_BYTES:
-        raise OSError(f"out: expected at most {MAX_BYTES} bytes of weights, got {size} in {partial}")
+    size = check_size(partial)
     if out.exists():
         shutil.rmtree(out)
     partial.replace(out)
+    return size
+
+
+def check_size(folder: Path) -> int:
+    """Bytes in a folder. Raises OSError where they are more than ``MAX_BYTES``."""
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    if size > MAX_BYTES:
+        raise OSError(f"out: expected at most {MAX_BYTES} bytes of weights, got {size} in {folder}")
     return size
 
 
@@ -280,14 +296,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stage", choices=STAGES, help="run only up to this stage's result, and pack nothing")
     options = parser.parse_args(argv)
 
+    check_out(options.out)
     training = Training(options.work, options.steps_scale, "cuda" if torch.cuda.is_available() else "cpu")
     if options.stage:
         training.run(options.stage)
         return
     autoencoder, generator = training.autoencoder, training.generator
     clips = [training.reward(seed) for seed in REWARD_SEEDS]
-    size = pack(autoencoder, generator, clips, options.out, options.steps_scale)
-    print(f"{options.out}: {size / 1e6:.1f} MB")
+    pack(autoencoder, generator, clips, options.out, options.steps_scale)
+    images = training.data["images"].permute(0, 3, 1, 2)
+    for vae_only in (False, True):
+        train_value.train_value(options.out, options.work / "value", images, vae_only, options.steps_scale)
+    print(f"{options.out}: {check_size(options.out) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

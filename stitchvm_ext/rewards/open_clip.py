@@ -22,9 +22,7 @@ from .scalar_head import ScalarHead
 
 
 def _drop_below(visual: nn.Module, layer: int) -> None:
-    """Remove what the suffix from block ``layer`` does not use. Empty places keep the numbering of blocks and state
-    dict.
-    """
+    """Remove what the suffix from block ``layer`` does not use; empty places keep the numbering of the blocks."""
     visual.conv1 = None
     if layer > 1:
         visual.class_embedding = visual.positional_embedding = visual.ln_pre = None
@@ -33,8 +31,7 @@ def _drop_below(visual: nn.Module, layer: int) -> None:
 
 
 class OpenClipReward(RewardModel):
-    """Cosine of the image embedding and the prompt's, by a CLIP of open_clip with a Vision Transformer as its image
-    tower.
+    """Cosine of the image's and the prompt's embeddings, by an open_clip model whose image tower is a ViT.
 
     The score is the plain cosine without logit scale, in [-1, 1]: about 0.2 to 0.35 for OpenAI's and LAION's models on
     matching pairs, 0.4 for DFN's (multiply by 100 to compare with most published tables). Frozen and in eval mode.
@@ -74,6 +71,7 @@ class OpenClipReward(RewardModel):
         }
         self.reference, self.licence = reference, licence
         self.text = TextEncoder(reference, clip, tokenizer)
+        self.eval()
 
     def _set_up(self, visual: nn.Module, preprocess_config: dict) -> None:
         self.visual = visual
@@ -159,8 +157,7 @@ class OpenClipReward(RewardModel):
             raise ValueError(f"condition: expected text embeddings {list(image.shape)}, got {list(condition.shape)}")
         return (image * condition).sum(-1)
 
-    # -- saved value models
-    # ------------------------------------------------------------------------------------------------
+    # -- saved value models --------------------------------------------------------------------------------------------
 
     def describe(self) -> dict:
         return {
@@ -178,7 +175,7 @@ class OpenClipReward(RewardModel):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         with torch.device("meta"):
-            visual = _build_vision_tower(**copy.deepcopy(config["model"])).requires_grad_(True)
+            visual = _build_vision_tower(**copy.deepcopy(config["model"]))
         self._set_up(visual, copy.deepcopy(config["preprocess"]))
         self.model_config = copy.deepcopy(config["model"])
         self.reference, self.licence = config["reference"], config["licence"]
@@ -234,13 +231,13 @@ class AestheticReward(OpenClipReward):
                 folder.
         """
         name = portable_name(name)
-        clip, tokenizer, model_config = load_open_clip(name, pretrained)
         if head is None:
             full = open_clip_name(name)
             if not full.startswith("local-dir:"):
                 raise ValueError(f"head: expected the file of the scalar head that goes with {name!r}, got None")
             head = Path(full.removeprefix("local-dir:")) / "aesthetic_head.safetensors"
         scalar = ScalarHead.from_file(head, activation)
+        clip, tokenizer, model_config = load_open_clip(name, pretrained)
         return cls(clip, tokenizer, model_config, scalar, {"name": name, "pretrained": pretrained}, licence)
 
     def head_parameters(self):

@@ -34,8 +34,10 @@ def _center(x: Tensor, target: tuple[int, int], fill: float) -> Tensor:
 def preprocess(images: Tensor, config: dict) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] -> normalised float32 [B, 3, h, w].
 
-    The resize is antialiased and its overshoot clamped, as PIL does. PIL rounds to 8 bits after each of its two passes,
-    so the two differ by up to about 1/255 before normalisation. Differentiable, the clamp's flat parts aside.
+    As PIL does it, the antialiased resize goes first along the rows, then along the columns, and overshoot is clamped
+    after each. PIL also rounds to 8 bits after each, so the two differ by up to about 1/255 before normalisation.
+    Where the aspect ratio changes, newer Pillow may take the columns first, which moves single overshooting pixels by a
+    few 8-bit steps. Differentiable, the clamp's flat parts aside.
 
     Args:
         config: open_clip's ``preprocess_cfg``: size, mean, std, interpolation, resize_mode, fill_color.
@@ -43,9 +45,10 @@ def preprocess(images: Tensor, config: dict) -> Tensor:
     size, mode = config["size"], config["resize_mode"]
     target = (size, size) if isinstance(size, int) else tuple(size)
     x = images.float()
-    resized = resized_size(*x.shape[-2:], target, mode)
-    if resized != tuple(x.shape[-2:]):
-        x = F.interpolate(x, resized, mode=config["interpolation"], align_corners=False, antialias=True).clamp(0, 1)
+    height, width = resized_size(*x.shape[-2:], target, mode)
+    for step in ((x.shape[-2], width), (height, width)):
+        if step != tuple(x.shape[-2:]):
+            x = F.interpolate(x, step, mode=config["interpolation"], align_corners=False, antialias=True).clamp(0, 1)
     x = _center(x, target, config["fill_color"] / 255)
     mean, std = (torch.tensor(config[name], device=x.device).view(1, 3, 1, 1) for name in ("mean", "std"))
     return (x - mean) / std

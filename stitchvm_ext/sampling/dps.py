@@ -40,8 +40,8 @@ def sample_dps(
         on_step: called after each step.
 
     Returns:
-        float32 latents [B, C, H, W] at ``sigmas[-1]``, and values float32 [T, B]: V(z_t, t) before each step, NaN where it was
-        not guided.
+        float32 latents [B, C, H, W] at ``sigmas[-1]``, and values float32 [T, B]: V(z_t, t) before each step, NaN
+        where it was not guided.
 
     Raises:
         FloatingPointError: velocity, value, gradient or latents are not finite; names the step.

@@ -24,19 +24,19 @@ class Guidance:
 
     With w the schedule's weight at noise level t, the velocity becomes ``u - c grad V`` where, per sample,
 
-    - ``mode="relative"``: ``c = strength w ||u|| / ||grad V||``. The strength is the length of the guidance relative to the
-      velocity's, whatever the scale of the reward. A zero gradient gives no guidance.
+    - ``mode="relative"``: ``c = strength w ||u|| / ||grad V||``. The strength is the length of the guidance relative
+      to the velocity's, whatever the scale of the reward. A zero gradient gives no guidance.
     - ``mode="score"``: ``c = strength w t/(1-t)``, which adds ``strength grad V`` to the score. With the soft value of
-      ``strength * reward`` (over strength) this samples the tilted distribution ``p exp(strength reward)`` itself (METHOD.md
-      §2), for every transition. At t = 1, where c is infinite and a latent that is pure noise tells nothing, the step is not
-      guided.
+      ``strength * reward`` (over strength) this samples the tilted distribution ``p exp(strength reward)`` itself
+      (METHOD.md §2), for every transition. At t = 1, where c is infinite and a latent that is pure noise tells
+      nothing, the step is not guided.
     - ``mode="raw"``: ``c = strength w``.
 
     Attributes:
         strength: at least 0; 0 is plain sampling. Negative values are refused: negate the reward instead.
         mode: one of ``MODES``.
-        schedule: weight over the noise level: a name in ``SCHEDULES`` or a callable from sigma in [0, 1] to a finite number >= 0.
-            Steps of weight 0 are not guided and cost no value evaluation.
+        schedule: weight over the noise level: a name in ``SCHEDULES`` or a callable from sigma in [0, 1] to a finite
+            number >= 0. Steps of weight 0 are not guided and cost no value evaluation.
         window: half-open range (first, end) of step indices that may be guided; an end of None means the last step.
         every: guide the window's first step and every ``every``-th after it.
     """
@@ -54,15 +54,17 @@ class Guidance:
             raise ValueError(f"strength: expected a finite number >= 0, got {self.strength}")
         if self.mode not in MODES:
             raise ValueError(f"mode: expected one of {list(MODES)}, got {self.mode!r}")
-        if not callable(self.schedule) and self.schedule not in SCHEDULES:
+        if not callable(self.schedule) and self.schedule not in list(SCHEDULES):
             raise ValueError(f"schedule: expected a callable or one of {sorted(SCHEDULES)}, got {self.schedule!r}")
         if not _is_window(self.window):
-            raise ValueError(f"window: expected step indices (first, end) with 0 <= first < end, or end None, got {self.window!r}")
+            raise ValueError(
+                f"window: expected step indices (first, end) with 0 <= first < end, or end None, got {self.window!r}"
+            )
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"every: expected an integer >= 1, got {self.every!r}")
 
     def weight(self, sigma: float) -> float:
-        """The schedule's w at a noise level. Raises ValueError where a callable yields a negative or non-finite number."""
+        """The schedule's w at a noise level. ValueError where a callable yields a negative or non-finite number."""
         schedule = self.schedule if callable(self.schedule) else SCHEDULES[self.schedule]
         weight = float(schedule(sigma))
         if not (math.isfinite(weight) and weight >= 0):
@@ -78,7 +80,9 @@ class Guidance:
         return self.weight(sigma) > 0
 
     def term(self, velocity: Tensor, grad: Tensor, sigma: float) -> Tensor:
-        """``c_t grad V``, float32 [B, ...]: what is subtracted from the velocity. Norms are per sample, never over the batch."""
+        """``c_t grad V``, float32 [B, ...]: what is subtracted from the velocity. Norms are per sample, never over the
+        batch.
+        """
         grad = grad.float()
         amount = self.strength * self.weight(sigma)
         if self.mode == "raw":
@@ -94,9 +98,8 @@ def check_finite(step: int, sigma: float, **tensors: Tensor) -> None:
         finite = torch.isfinite(tensor)
         if not bool(finite.all()):
             samples = (~finite).flatten(1).any(1) if tensor.ndim > 1 else ~finite
-            raise FloatingPointError(
-                f"{name}: non-finite values at step {step} (sigma {sigma:g}) in samples {samples.nonzero().flatten().tolist()}"
-            )
+            where = samples.nonzero().flatten().tolist()
+            raise FloatingPointError(f"{name}: non-finite values at step {step} (sigma {sigma:g}) in samples {where}")
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -105,7 +108,9 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """``x / ||x||`` per sample, 0 for 0. Divides by the largest entry first: squares of 1e-25 or 1e25 do not fit float32."""
+    """``x / ||x||`` per sample, 0 for 0. Divides by the largest entry first: squares of 1e-25 or 1e25 do not fit
+    float32.
+    """
     largest = x.flatten(1).abs().amax(1).view(-1, *[1] * (x.ndim - 1))
     scaled = x / torch.where(largest > 0, largest, 1)
     return scaled / _norm(scaled).clamp_min(1)  # the norm is at least 1 unless x is 0

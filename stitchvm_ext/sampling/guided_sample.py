@@ -16,6 +16,7 @@ from ..backbones import Condition, DiffusionBackbone, Encoding, backbone_of
 from ..backbones.base import blocks_of, frozen
 from ..backbones.latents import decode_latents
 from ..value.base import ValueEstimator
+from .checks import as_prompts, check_count, check_guidance_scale
 from .dps import sample_dps
 from .guidance import Guidance
 from .hook import is_guided
@@ -31,14 +32,14 @@ class GuidedSampleOutput:
     """What :func:`guided_sample` returns for B samples in T steps.
 
     Attributes:
-        images: B PIL images; for "pt" a tensor [B, 3, H, W] and for "np" an array [B, H, W, 3], both in [0, 1]; for "latent" the
-            latents.
+        images: B PIL images; for "pt" a tensor [B, 3, H, W] and for "np" an array [B, H, W, 3], both in [0, 1]; for
+            "latent" the latents.
         latents: final latents, float32 [B, C, h, w].
         values: V(z_t, t) before each step, float32 [T, B] on the CPU; NaN at steps that were not guided.
         sigmas: noise levels, float32 [T+1]; ``values[k]`` was taken at ``sigmas[k]``.
         timings: wall-clock seconds by phase ("encode", "sample", "decode") and in all ("total").
-        denoiser_evaluations: forward passes of the whole transformer for one sample each, counted at its blocks: half of its
-            blocks run for one sample count 0.5. Backward passes are not counted.
+        denoiser_evaluations: forward passes of the whole transformer for one sample each, counted at its blocks: half
+            of its blocks run for one sample count 0.5. Backward passes are not counted.
         guided_steps: steps at which the value was evaluated.
     """
 
@@ -81,23 +82,24 @@ def guided_sample(
 ) -> GuidedSampleOutput:
     """Sample a pipeline's images under value-gradient guidance (DPS, METHOD.md §5).
 
-    The pipeline's own text encoders, noise levels, classifier-free guidance and autoencoder are used; with ``value=None`` or
-    ``strength=0`` and ``transition="ode"`` the result is the pipeline's own, to float rounding. A sample does not depend on the
-    samples beside it: texts are encoded one by one, norms are per sample, and every sample has its own generator.
+    The pipeline's own text encoders, noise levels, classifier-free guidance and autoencoder are used; with
+    ``value=None`` or ``strength=0``, and ``transition="ode"``, the result is the pipeline's own, to float rounding. A
+    sample does not depend on the samples beside it: texts are encoded one by one, norms are per sample, and every
+    sample has its own generator.
 
     Args:
         pipe: a diffusers pipeline whose transformer has a backbone adapter, with a flow-matching scheduler.
         value: any estimator on this pipeline's transformer; None samples without guidance.
         prompt: P texts; B = P * num_images_per_prompt samples, those of one prompt next to each other.
-        negative_prompt: one text for all or one per prompt. With "" (the null text) a stitched value shares its backbone prefix
-            with the unconditional branch.
+        negative_prompt: one text for all or one per prompt. With "" (the null text) a stitched value shares its
+            backbone prefix with the unconditional branch.
         num_inference_steps: T.
         guidance_scale: classifier-free guidance; at most 1 means none.
         strength, mode, schedule, window, every: see :class:`~stitchvm_ext.sampling.Guidance`.
         transition: "ode", "linear_sde" or "flow_grpo", or a callable of their signature.
         height, width: image size in pixels; by default the pipeline's.
-        generator: B generators, one per sample, or one: the first sample then uses it as it is, the others generators seeded
-            from it. Without one, seeds come from torch's global generator.
+        generator: B generators, one per sample, or one: the first sample then uses it as it is, the others generators
+            seeded from it. Without one, seeds come from torch's global generator.
         latents: initial noise [B, C, h, w] in place of generated noise.
         batch_size: samples that are denoised, and decoded, together; all by default.
         max_sequence_length: rows of the T5 encoding. By default what the value's null text was encoded with, else 256.
@@ -111,16 +113,13 @@ def guided_sample(
     guidance = Guidance(strength, mode, schedule, tuple(window) if isinstance(window, list) else window, every)
     step = get_transition(transition)
     backbone = backbone_of(pipe)
-    prompts = _prompts(prompt)
+    prompts = as_prompts("prompt", prompt)
     negatives = _negative_prompts(negative_prompt, len(prompts))
-    for name, count in [
-        ("num_inference_steps", num_inference_steps),
-        ("num_images_per_prompt", num_images_per_prompt),
-        *([("batch_size", batch_size)] if batch_size is not None else []),
-    ]:
-        _check_count(name, count)
-    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < 1e6:
-        raise ValueError(f"guidance_scale: expected a number >= 0, got {guidance_scale!r}")
+    check_count("num_inference_steps", num_inference_steps)
+    check_count("num_images_per_prompt", num_images_per_prompt)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
+    check_guidance_scale(guidance_scale)
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type: expected one of {list(OUTPUT_TYPES)}, got {output_type!r}")
     prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
@@ -128,20 +127,29 @@ def guided_sample(
     shape = _latent_shape(pipe, backbone, len(prompts), height, width, latents)
     _check_value(value, backbone, shape)
     if is_guided(pipe.transformer):
-        raise ValueError("pipe: its transformer is guided by apply_value_guidance; call remove_value_guidance(transformer) first")
+        raise ValueError(
+            "pipe: its transformer is guided by apply_value_guidance; call remove_value_guidance(transformer) first"
+        )
     text_options = _text_options(value, max_sequence_length)
+    batch_size = batch_size or len(prompts)
+    chunks = [slice(first, first + batch_size) for first in range(0, len(prompts), batch_size)]
     sources = [NoiseSource(g, backbone.device) for g in per_sample_generators(generator, len(prompts))]
     sigmas = pipeline_sigmas(pipe, backbone, num_inference_steps, shape[2:])
 
     clock = Stopwatch(backbone.device)
-    with frozen(pipe.transformer), frozen(pipe.vae), count_block_rows(pipe.transformer) as rows, clock("total"):
+    with (
+        torch.inference_mode(False),  # a caller's inference mode would leave no way to a gradient
+        frozen(pipe.transformer),
+        frozen(pipe.vae),
+        count_block_rows(pipe.transformer) as rows,
+        clock("total"),
+    ):
         with clock("encode"):
             condition = encode_condition(pipe, backbone, prompts, negatives, float(guidance_scale), text_options)
         with clock("sample"):
             if latents is None:  # in the model's dtype, as the pipeline draws it
                 latents = draw_all(sources, shape[1:], backbone.dtype)
             latents = latents.to(backbone.device, torch.float32)
-            chunks = [slice(k, k + (batch_size or len(prompts))) for k in range(0, len(prompts), batch_size or len(prompts))]
             with progress_bar(len(chunks) * num_inference_steps, progress) as bar:
                 done = [
                     sample_dps(
@@ -180,7 +188,8 @@ def encode_condition(
 ) -> Condition:
     """Encodings of prompts and, for guidance_scale > 1, negative prompts, a row each.
 
-    Each distinct text is encoded once and alone: in a batch its encoding would depend, in the last bits, on the other texts.
+    Each distinct text is encoded once and alone: in a batch its encoding would depend, in the last bits, on the other
+        texts.
     """
     cache: dict[str, Encoding] = {}
 
@@ -251,36 +260,13 @@ def count_block_rows(transformer: nn.Module) -> Iterator[_Rows]:
 # -- validation --------------------------------------------------------------------------------------------------------
 
 
-def _prompts(prompt) -> list[str]:
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
-        raise TypeError(f"prompt: expected a text or a list of texts, got {_describe(prompt)}")
-    if not prompts:
-        raise ValueError("prompt: expected at least one text, got an empty list")
-    return list(prompts)
-
-
 def _negative_prompts(negative_prompt, count: int) -> list[str]:
     if isinstance(negative_prompt, str):
         return [negative_prompt] * count
-    if not isinstance(negative_prompt, (list, tuple)) or not all(isinstance(p, str) for p in negative_prompt):
-        raise TypeError(f"negative_prompt: expected a text or a list of texts, got {_describe(negative_prompt)}")
-    if len(negative_prompt) != count:
-        raise ValueError(f"negative_prompt: expected one text or {count}, one per prompt, got {len(negative_prompt)}")
-    return list(negative_prompt)
-
-
-def _describe(x) -> str:
-    if isinstance(x, (list, tuple)):
-        return f"a {type(x).__name__} with {sorted({type(item).__name__ for item in x})}"
-    return type(x).__name__
-
-
-def _check_count(name: str, count) -> None:
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise TypeError(f"{name}: expected an integer, got {type(count).__name__}")
-    if count < 1:
-        raise ValueError(f"{name}: expected at least 1, got {count}")
+    negatives = as_prompts("negative_prompt", negative_prompt)
+    if len(negatives) != count:
+        raise ValueError(f"negative_prompt: expected one text or {count}, one per prompt, got {len(negatives)}")
+    return negatives
 
 
 def _latent_shape(pipe, backbone: DiffusionBackbone, count: int, height, width, latents) -> tuple[int, int, int, int]:
@@ -291,7 +277,7 @@ def _latent_shape(pipe, backbone: DiffusionBackbone, count: int, height, width, 
             given = isinstance(latents, Tensor) and latents.ndim == 4
             sizes.append(latents.shape[2 + axis] if given else pipe.default_sample_size)
             continue
-        _check_count(name, side)
+        check_count(name, side)
         if side % factor:
             raise ValueError(f"{name}: expected a multiple of {factor} pixels, got {side}")
         sizes.append(side // factor)
@@ -299,7 +285,9 @@ def _latent_shape(pipe, backbone: DiffusionBackbone, count: int, height, width, 
     shape = (count, backbone.latent_channels, *sizes)
     if latents is not None:
         if not isinstance(latents, Tensor) or not latents.is_floating_point():
-            raise TypeError(f"latents: expected a floating-point tensor, got {getattr(latents, 'dtype', type(latents).__name__)}")
+            raise TypeError(
+                f"latents: expected a floating-point tensor, got {getattr(latents, 'dtype', type(latents).__name__)}"
+            )
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents: expected shape {list(shape)}, got {list(latents.shape)}")
     return shape
@@ -313,8 +301,8 @@ def _check_value(value, backbone: DiffusionBackbone, shape: tuple[int, int, int,
     theirs = value.backbone.transformer
     if theirs is not backbone.transformer:
         raise ValueError(
-            f"value: expected an estimator on this pipeline's own transformer, got one on another {type(theirs).__name__}; "
-            "build or load it with this pipeline"
+            "value: expected an estimator on this pipeline's own transformer, got one on another "
+            f"{type(theirs).__name__}; build or load it with this pipeline"
         )
     if hasattr(value, "check_latent_size"):
         value.check_latent_size(shape[2:])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..backbones import Condition, Encoding
 from ..backbones.base import frozen
 from ..value.base import ValueEstimator
+from .checks import as_prompts, check_guidance_scale
 from .guidance import Guidance, check_finite
 
 HOOK_NAME = "stitchvm_value_guidance"
@@ -31,18 +32,19 @@ def apply_value_guidance(
 ) -> ValueGuide:
     """Guide every following call of the pipeline that owns ``transformer``, until :func:`remove_value_guidance`.
 
-    The hook subtracts ``c_t grad V`` from both halves of the pipeline's [unconditional, conditional] batch, so that the guided
-    velocity ``u + s (c - u)`` loses exactly ``c_t grad V`` whatever s is; with the pipeline's Euler scheduler this is
-    :func:`guided_sample` with ``transition="ode"``. Where the first half is the value's null text, its pass through the
-    transformer serves the value too. Steps are counted by the noise level: one that rises starts a new trajectory.
+    The hook subtracts ``c_t grad V`` from both halves of the pipeline's [unconditional, conditional] batch, so that
+    the guided velocity ``u + s (c - u)`` loses exactly ``c_t grad V`` whatever s is; with the pipeline's Euler
+    scheduler this is :func:`guided_sample` with ``transition="ode"``. Where the first half is the value's null text,
+    its pass through the transformer serves the value too. Steps are counted by the noise level: one that rises starts
+    a new trajectory.
 
     Args:
         transformer: ``pipe.transformer``.
         value: an estimator on this transformer.
-        prompts: the texts that the pipeline will be called with, which the reward scores against. ``num_images_per_prompt`` is
-            read off the batch.
-        guidance_scale: the one that the pipeline will be called with. It decides whether a batch holds two halves, and the
-            relative strength is measured against the velocity that it gives.
+        prompts: the texts that the pipeline will be called with, which the reward scores against.
+            ``num_images_per_prompt`` is read off the batch.
+        guidance_scale: the one that the pipeline will be called with. It decides whether a batch holds two halves, and
+            the relative strength is measured against the velocity that it gives.
         strength, mode, schedule, window, every: see :class:`~stitchvm_ext.sampling.Guidance`.
 
     Returns:
@@ -66,7 +68,7 @@ def apply_value_guidance(
 
 
 def remove_value_guidance(transformer: nn.Module) -> None:
-    """Take the guidance off again; the pipeline then computes what it computed before. Does nothing where there is none."""
+    """Take the guidance off again: the pipeline computes what it did before. Does nothing where there is none."""
     if is_guided(transformer):
         transformer._diffusers_hook.remove_hook(HOOK_NAME, recurse=False)
 
@@ -84,19 +86,20 @@ class ValueGuide:
         values: (sigma, V float32 [B]) of the guided steps of the latest trajectory.
     """
 
-    def __init__(self, transformer: nn.Module, value: ValueEstimator, prompts, guidance_scale: float, guidance: Guidance):
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
-            raise TypeError(f"prompts: expected a text or a list of texts, got {type(prompts).__name__}")
-        if not prompts:
-            raise ValueError("prompts: expected at least one text, got an empty list")
+    def __init__(
+        self, transformer: nn.Module, value: ValueEstimator, prompts, guidance_scale: float, guidance: Guidance
+    ):
+        prompts = as_prompts("prompts", prompts)
+        check_guidance_scale(guidance_scale)
         if not isinstance(value, ValueEstimator):
             raise TypeError(f"value: expected a ValueEstimator, got {type(value).__name__}")
         if value.backbone.transformer is not transformer:
             raise ValueError("value: expected an estimator on this very transformer, got one on another")
         if type(transformer).__name__ not in READERS:
-            raise TypeError(f"transformer: expected one of the classes {sorted(READERS)}, got {type(transformer).__name__}")
-        self.value, self.prompts = value, list(prompts)
+            raise TypeError(
+                f"transformer: expected one of the classes {sorted(READERS)}, got {type(transformer).__name__}"
+            )
+        self.value, self.prompts = value, prompts
         self.guidance_scale, self.guidance = float(guidance_scale), guidance
         self.read = READERS[type(transformer).__name__]
         self.values: list[tuple[float, Tensor]] = []
@@ -119,12 +122,14 @@ class ValueGuide:
     def _guided(self, forward: Callable, call: dict[str, Any]):
         latents, sigma, encoding, plain = self.read(call)
         if call.get("skip_layers") is not None:  # skip-layer guidance subtracts this output from the conditional one
-            return _replace(forward(**call), lambda u: u if self._term is None else (u.float() - self._term).to(u.dtype))
+            return _replace(
+                forward(**call), lambda u: u if self._term is None else (u.float() - self._term).to(u.dtype)
+            )
         self._advance(sigma)
         self._term = None
         with_cfg = self.guidance_scale > 1
         if self._step == 0:
-            self._check_batch(latents, with_cfg)
+            self._check_batch(latents, encoding, with_cfg)
         if not self.guidance.is_active(self._step, sigma):
             return forward(**call)
 
@@ -132,7 +137,7 @@ class ValueGuide:
         latents = latents[:batch]
         condition = self._condition(encoding, batch, with_cfg)
         if not self.values:  # the first guided step of a trajectory
-            self._shares = plain and _can_share(self.value, condition)
+            self._shares = plain and _is_null_text(self.value, condition.uncond)
         if self._shares:
             uncond, cond, value, grad = _shared_branches(self.value, latents, sigma, condition)
             output = (torch.cat([uncond, cond]),)
@@ -152,7 +157,7 @@ class ValueGuide:
         return _replace(output, lambda u: (u.float() - term).to(u.dtype))
 
     def _advance(self, sigma: float) -> None:
-        """Count steps by the noise level: falling is the next step, rising a new trajectory, equal the same step again."""
+        """Count steps by the noise level: lower is the next step, higher a new trajectory, equal the same step."""
         if self._step < 0 or sigma > self._sigma:
             self._step, self.values = 0, []
         elif sigma < self._sigma:
@@ -161,18 +166,23 @@ class ValueGuide:
             self.values = []
         self._sigma = sigma
 
-    def _check_batch(self, latents: Tensor, with_cfg: bool) -> None:
+    def _check_batch(self, latents: Tensor, encoding: Encoding, with_cfg: bool) -> None:
         rows = len(latents)
         has_halves = rows % 2 == 0 and torch.equal(latents[: rows // 2], latents[rows // 2 :])
         if with_cfg and not has_halves:
             raise ValueError(
-                f"guidance_scale: expected batches of [unconditional, conditional] halves for guidance_scale {self.guidance_scale:g}, "
+                f"guidance_scale: expected batches of [unconditional, conditional] halves for {self.guidance_scale:g}, "
                 f"got {rows} different latents; was the pipeline called without classifier-free guidance?"
             )
         batch = rows // 2 if with_cfg else rows
+        first_half = {name: t[: rows // 2] for name, t in encoding.items()}
+        if has_halves and not with_cfg and _is_null_text(self.value, first_half):
+            raise ValueError(
+                f"guidance_scale: expected no unconditional half for {self.guidance_scale:g}, got one; "
+                "give the guidance_scale that the pipeline is called with"
+            )
         if batch % len(self.prompts):
-            hint = "; was the pipeline called with classifier-free guidance?" if has_halves else ""
-            raise ValueError(f"prompts: expected a multiple of {len(self.prompts)} samples, one or more per prompt, got {batch}{hint}")
+            raise ValueError(f"prompts: expected {len(self.prompts)} samples or a multiple of it, got {batch}")
 
     def _condition(self, encoding: Encoding, batch: int, with_cfg: bool) -> Condition:
         prompts = tuple(p for p in self.prompts for _ in range(batch // len(self.prompts)))
@@ -182,7 +192,7 @@ class ValueGuide:
 
 
 def _read_sd3(call: dict[str, Any]) -> tuple[Tensor, float, Encoding, bool]:
-    """Latents, sigma, text encoding, and whether the call holds nothing else, of a call of ``SD3Transformer2DModel``."""
+    """Latents, sigma and encoding of a call of ``SD3Transformer2DModel``, and whether it holds nothing else."""
     extras = [call.get(name) for name in ("joint_attention_kwargs", "block_controlnet_hidden_states", "skip_layers")]
     timestep = call["timestep"].flatten()
     if not bool((timestep == timestep[0]).all()):
@@ -195,20 +205,28 @@ READERS = {"SD3Transformer2DModel": _read_sd3}
 """The inverse of :meth:`DiffusionBackbone.inputs`, by the transformer's class."""
 
 
-def _can_share(value: ValueEstimator, condition: Condition) -> bool:
-    """As :meth:`StitchedValue.can_share`, but to the text encoders' rounding: the pipeline encodes the null text in a batch, the
-    value model encoded it alone. Different texts are a relative distance of order 1 apart, roundings about an epsilon."""
-    if not getattr(value, "depth", 0) or condition.uncond is None:
+def _is_null_text(value: ValueEstimator, encoding: Encoding | None) -> bool:
+    """Whether every row is the null text of a stitched value, to the text encoders' rounding: the pipeline encodes it
+    in a batch, the value model encoded it alone. Roundings are a few epsilons apart, different texts of order 1.
+    """
+    if not getattr(value, "depth", 0) or encoding is None:
         return False
+    null = value.null_condition
     return all(
-        t.shape[1:] == value.null_condition[name].shape[1:]
-        and bool((t - value.null_condition[name].to(t)).norm() <= torch.finfo(t.dtype).eps ** 0.5 * t.norm())
-        for name, t in condition.uncond.items()
+        t.shape[1:] == null[name].shape[1:]
+        and bool((_row_norms(t - null[name].to(t)) <= torch.finfo(t.dtype).eps ** 0.5 * _row_norms(t)).all())
+        for name, t in encoding.items()
     )
 
 
-def _shared_branches(value, latents: Tensor, sigma: float, condition: Condition) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unconditional and conditional velocity, V and its gradient at the denoiser cost of plain classifier-free guidance."""
+def _row_norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.float().flatten(1), dim=1)
+
+
+def _shared_branches(
+    value, latents: Tensor, sigma: float, condition: Condition
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unconditional and conditional velocity, V and its gradient, at the denoiser cost of plain CFG."""
     backbone = value.backbone
     uncond, tokens, leaf = backbone.velocity_and_features(latents, sigma, condition.uncond, value.depth)
     with torch.inference_mode(False), torch.enable_grad():

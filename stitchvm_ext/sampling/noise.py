@@ -16,7 +16,7 @@ class NoiseSource:
     device: torch.device
 
     def draw(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standard normal noise, drawn on the generator's own device: a CPU generator gives the same noise everywhere."""
+        """Standard normal noise, drawn where the generator lives: a CPU generator's is the same on every device."""
         noise = torch.randn(shape, generator=self.generator, device=self.generator.device, dtype=dtype)
         return noise.to(self.device)
 
@@ -26,13 +26,15 @@ def draw_all(sources: list[NoiseSource], shape: tuple[int, ...], dtype: torch.dt
     return torch.cat([source.draw((1, *shape), dtype) for source in sources])
 
 
-def per_sample_generators(generator: torch.Generator | list[torch.Generator] | None, count: int) -> list[torch.Generator]:
+def per_sample_generators(
+    generator: torch.Generator | list[torch.Generator] | None, count: int
+) -> list[torch.Generator]:
     """One generator per sample.
 
     Args:
-        generator: ``count`` generators, which are used as they are; or one, which the first sample uses as it is (so that one
-            sample gets the noise that a diffusers pipeline would draw) and from which the others' seeds are drawn, on a copy;
-            or None, for seeds from torch's global generator.
+        generator: ``count`` generators, which are used as they are; or one, which the first sample uses as it is (so
+            that one sample gets the noise that a diffusers pipeline would draw) and from which the others' seeds are
+            drawn, on a copy; or None, for seeds from torch's global generator.
 
     Raises:
         TypeError: something else. ValueError: another number of generators, or one object twice.

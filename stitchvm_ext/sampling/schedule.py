@@ -13,8 +13,8 @@ from ..backbones import DiffusionBackbone
 def pipeline_sigmas(pipe, backbone: DiffusionBackbone, num_inference_steps: int, latent_hw: tuple[int, int]) -> Tensor:
     """The noise levels at which ``pipe(num_inference_steps=...)`` evaluates its transformer, and the final 0.
 
-    They come from the installed scheduler's ``set_timesteps``, static and resolution-dependent (dynamic) shifting included,
-    and are never recomputed here. The scheduler is copied first: ``pipe.scheduler`` keeps its state.
+    They come from the installed scheduler's ``set_timesteps``, static and resolution-dependent (dynamic) shifting
+    included, and are never recomputed here. The scheduler is copied first: ``pipe.scheduler`` keeps its state.
 
     Args:
         pipe: a pipeline whose scheduler is a ``FlowMatchEulerDiscreteScheduler``.

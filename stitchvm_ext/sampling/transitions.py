@@ -1,7 +1,8 @@
 """One step from noise level t to t' < t.
 
-Every transition has the same signature and reads nothing but the velocity, guided or not: along a rectified flow the score is
-``-((1-t) u + z) / t``, so a velocity ``u - c grad V`` carries the guided score ``score + (1-t)/t c grad V`` with it.
+Every transition has the same signature and reads nothing but the velocity, guided or not: along a rectified flow the
+score is ``-((1-t) u + z) / t``, so a velocity ``u - c grad V`` carries the guided score ``score + (1-t)/t c grad V``
+with it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 Transition = Callable[[Tensor, Tensor, float, float, "Tensor | None"], Tensor]
-"""``(latents, velocity, sigma, sigma_next, noise) -> next latents``, float32. The noise is standard normal, like the latents;
-a deterministic transition ignores it."""
+"""``(latents, velocity, sigma, sigma_next, noise) -> next latents``, float32. The noise is standard normal, like the
+latents; a deterministic transition ignores it."""
 
 
 def score(latents: Tensor, velocity: Tensor, sigma: float) -> Tensor:
@@ -25,8 +26,8 @@ def score(latents: Tensor, velocity: Tensor, sigma: float) -> Tensor:
 def in_float32(step: Transition) -> Transition:
     """Run a transition's arithmetic in float32 whatever the model's dtype, and end every trajectory without noise.
 
-    The step to t' = 0 is the Euler step to the denoised estimate ``z - t u``, as in ancestral samplers: noise added there would
-    stay in the image.
+    The step to t' = 0 is the Euler step to the denoised estimate ``z - t u``, as in ancestral samplers: noise added
+    there would stay in the image.
     """
 
     @functools.wraps(step)
@@ -56,9 +57,17 @@ def reverse_sde(latents: Tensor, velocity: Tensor, sigma: float, sigma_next: flo
 
 @in_float32
 def linear_sde(
-    latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float, noise: Tensor, *, g: Callable[[float], float] | None = None
+    latents: Tensor,
+    velocity: Tensor,
+    sigma: float,
+    sigma_next: float,
+    noise: Tensor,
+    *,
+    g: Callable[[float], float] | None = None,
 ) -> Tensor:
-    """The reverse SDE with ``nu = g(t)``, by default ``3 t²`` (linear SDE of Kim et al., Inference-Time Scaling for Flow Models)."""
+    """The reverse SDE with ``nu = g(t)``, by default ``3 t²`` (linear SDE of Kim et al., Inference-Time Scaling for
+    Flow Models).
+    """
     return reverse_sde(latents, velocity, sigma, sigma_next, noise, nu=g(sigma) if g else 3 * sigma**2)
 
 

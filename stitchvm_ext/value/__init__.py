@@ -4,8 +4,8 @@ from .base import ValueEstimator
 from .finetune import FinetuneConfig, finetune
 from .monte_carlo import MonteCarloValue
 from .search import SearchResult, StitchCandidate, search_stitch
-from .stitching import stitch
 from .stitched import StitchedValue
+from .stitching import stitch
 from .tweedie import TweedieValue
 
 __all__ = [

@@ -13,8 +13,8 @@ from ..backbones import Condition, DiffusionBackbone
 class ValueEstimator(ABC):
     """Estimates V(z_t, t), the expected reward of what a noisy latent becomes (METHOD.md §1).
 
-    Latents are [B, C, H, W]; sigma is a float or [B], in [0, 1] with 1 = noise; values are float32 [B]. The condition has one
-    row per latent.
+    Latents are [B, C, H, W]; sigma is a float or [B], in [0, 1] with 1 = noise; values are float32 [B]. The condition
+    has one row per latent.
     """
 
     backbone: DiffusionBackbone

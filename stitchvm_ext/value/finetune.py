@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,7 +55,9 @@ class FinetuneConfig:
 
 
 def centre_biased_sigmas(count: int, generator: torch.Generator) -> Tensor:
-    """Noise levels [B] in (0, 1), denser in the middle: logit-normal(0, 1), one from each of ``count`` equal quantiles."""
+    """Noise levels [B] in (0, 1), denser in the middle: logit-normal(0, 1), one from each of ``count`` equal
+    quantiles.
+    """
     quantiles = ((torch.arange(count) + torch.rand(count, generator=generator)) / count).clamp(1e-4, 1 - 1e-4)
     return torch.sigmoid(torch.special.ndtri(quantiles))
 
@@ -103,8 +104,8 @@ def finetune(
 ) -> dict[str, list[float]]:
     """Train stitch and suffix in place; backbone and teacher stay frozen.
 
-    A state is saved to ``state_path`` every ``save_every`` steps and at the end; a call that finds one goes on from there and
-    ends with the weights of an uninterrupted run, since every step's data follow from (seed, step).
+    A state is saved to ``state_path`` every ``save_every`` steps and at the end; a call that finds one goes on from
+    there and ends with the weights of an uninterrupted run, since every step's data follow from (seed, step).
 
     Args:
         stop_at: end after this many steps in all, with the state saved.
@@ -172,16 +173,29 @@ def _save_state(path: str | Path, value: StitchedValue, optimizer, run: dict, st
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    torch.save({"run": run, "value": value.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "history": history}, partial)
+    torch.save(
+        {
+            "run": run,
+            "value": value.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "history": history,
+        },
+        partial,
+    )
     partial.replace(path)
 
 
-def _load_state(path: str | Path | None, value: StitchedValue, optimizer, run: dict) -> tuple[int, dict[str, list[float]]]:
+def _load_state(
+    path: str | Path | None, value: StitchedValue, optimizer, run: dict
+) -> tuple[int, dict[str, list[float]]]:
     if path is None or not Path(path).is_file():
         return 0, {}
     state = torch.load(path, weights_only=True, map_location=value.backbone.device)
     if state["run"] != run:
-        raise OSError(f"state_path: {path} belongs to another run: expected {run}, got {state['run']}; remove it to start anew")
+        raise OSError(
+            f"state_path: {path} belongs to another run: expected {run}, got {state['run']}; remove it to start anew"
+        )
     value.load_state_dict(state["value"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["history"]

@@ -16,9 +16,9 @@ def model_card(config: dict[str, Any]) -> str:
         "---",
         f"# Stitched value model: {backbone['class']} to {reward['class']}",
         "",
-        "Scores noisy diffusion latents directly: the first blocks of a frozen diffusion backbone, a small stitching layer, and a",
-        "pretrained reward from one of its blocks on (StitchVM, arXiv 2605.19804). It holds the stitch and the reward's suffix; the",
-        "backbone comes from the pipeline that it is loaded onto.",
+        "Scores noisy diffusion latents directly: the first blocks of a frozen diffusion backbone, a small stitching",
+        "layer, and a pretrained reward from one of its blocks on (StitchVM, arXiv 2605.19804). It holds the stitch",
+        "and the reward's suffix; the backbone comes from the pipeline that it is loaded onto.",
         "",
         "| | |",
         "|---|---|",
@@ -30,18 +30,22 @@ def model_card(config: dict[str, Any]) -> str:
         "",
         "```python",
         "from stitchvm_ext import StitchedValue",
-        "value = StitchedValue.from_pretrained(\"this folder\", pipe)",
+        'value = StitchedValue.from_pretrained("this folder", pipe)',
         "```",
         "",
         "## Licence",
         "",
         "A stitched model is a derivative of both networks it was made from and inherits the licences of both:",
         "",
-        *(f"- {part}: {licence or 'not recorded; see the licence of the original weights'}" for part, licence in licences.items()),
+        *(
+            f"- {part}: {licence or 'not recorded; see the licence of the original weights'}"
+            for part, licence in licences.items()
+        ),
         "",
         "## Limits",
         "",
-        "Trained on noisy latents of images at the size above; at very high noise every value model falls back to the mean reward.",
+        "Trained on noisy latents of images at the size above; at very high noise every value model falls back to the",
+        "mean reward.",
         "Optimising a value hard enough finds its errors: watch a reward that is not optimised.",
     ]
     return "\n".join(lines) + "\n"

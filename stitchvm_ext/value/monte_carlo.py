@@ -14,8 +14,8 @@ from .base import ValueEstimator
 class MonteCarloValue(ValueEstimator):
     """``E[r(z_0) | z_t]`` by ``num_rollouts`` stochastic rollouts of the sampler from each latent to the end.
 
-    An estimate with standard error std(r)/sqrt(num_rollouts), of the expectation under the *sampler's* distribution. It has no
-    useful gradient; asking for one raises.
+    An estimate with standard error std(r)/sqrt(num_rollouts), of the expectation under the *sampler's* distribution.
+    It has no useful gradient; asking for one raises.
 
     Args:
         pipe: a pipeline with ``transformer`` and ``vae``.
@@ -26,7 +26,15 @@ class MonteCarloValue(ValueEstimator):
         seed: of the rollouts' noise.
     """
 
-    def __init__(self, pipe, reward: RewardModel, num_rollouts: int = 16, num_steps: int = 40, transition: str = "flow_grpo", seed: int = 0):
+    def __init__(
+        self,
+        pipe,
+        reward: RewardModel,
+        num_rollouts: int = 16,
+        num_steps: int = 40,
+        transition: str = "flow_grpo",
+        seed: int = 0,
+    ):
         if num_rollouts < 1:
             raise ValueError(f"num_rollouts: expected at least 1, got {num_rollouts}")
         if num_steps < 1:
@@ -66,4 +74,7 @@ class MonteCarloValue(ValueEstimator):
         return self.rollout_rewards(latents, float(sigma[0]), condition).mean(0)
 
     def value_and_grad(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        raise TypeError("value: MonteCarloValue has no gradient; guide with StitchedValue or TweedieValue, or use it in a particle method")
+        raise TypeError(
+            "value: MonteCarloValue has no gradient; guide with StitchedValue or TweedieValue, or use it in a particle "
+            "method"
+        )

@@ -1,8 +1,8 @@
 """Stage 1: the closed-form search for where to cut (METHOD.md §3).
 
-One pass over the probe images accumulates, for every depth i, the Gram matrix of the features (shared by all j) and, for
-every (i, j), the cross matrix with the reward's tokens. Every loss and every solution follows from these sums, on images that
-the fit did not see as well, so memory does not grow with the number of images.
+One pass over the probe images accumulates, for every depth i, the Gram matrix of the features (shared by all j) and,
+for every (i, j), the cross matrix with the reward's tokens. Every loss and every solution follows from these sums, on
+images that the fit did not see as well, so memory does not grow with the number of images.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class StitchCandidate:
     Attributes:
         mse: mean squared error per element.
         unexplained: the fraction of the target's variance (about its mean at each position) that is left.
-        weight, bias, prefix: [C', C], [C'] (j = 1) or [N', C'] (j > 1), and the mean prefix tokens [P, C'] (j > 1) or None.
+        weight, bias, prefix: [C', C], [C'] (j = 1) or [N', C'] (j > 1), and the mean prefix tokens [P, C'] (j > 1) or
+            None.
     """
 
     depth: int
@@ -110,7 +111,9 @@ class SearchResult:
         """The candidate of a cell. Raises ValueError where the search did not look."""
         if (depth, layer) not in self.candidates:
             cells = sorted(self.candidates)
-            raise ValueError(f"(depth, layer): expected one of the searched cells {cells[0]}..{cells[-1]}, got {(depth, layer)}")
+            raise ValueError(
+                f"(depth, layer): expected one of the searched cells {cells[0]}..{cells[-1]}, got {(depth, layer)}"
+            )
         return self.candidates[depth, layer]
 
     @property
@@ -128,14 +131,20 @@ class SearchResult:
         for i in self.depths:
             cells = [self.candidates[i, j] for j in self.layers]
             marks = ["*" if c is best else " " for c in cells]
-            rows.append(f"{i:>5d} " + "".join(f"{f'{c.mse:.4f} ({c.unexplained:.3f}){m}':>18s}" for c, m in zip(cells, marks, strict=True)))
+            rows.append(
+                f"{i:>5d} "
+                + "".join(f"{f'{c.mse:.4f} ({c.unexplained:.3f}){m}':>18s}" for c, m in zip(cells, marks, strict=True))
+            )
         return "\n".join(rows)
 
     def save(self, folder: str | Path) -> None:
         """Write ``search.json`` (losses and pick) and ``search.png`` (two heat maps) into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        cells = [{"depth": c.depth, "layer": c.layer, "mse": c.mse, "unexplained": c.unexplained} for c in self.candidates.values()]
+        cells = [
+            {"depth": c.depth, "layer": c.layer, "mse": c.mse, "unexplained": c.unexplained}
+            for c in self.candidates.values()
+        ]
         partial = folder / "search.json.partial"
         partial.write_text(json.dumps({"cells": cells, "pick": [self.best.depth, self.best.layer]}, indent=1))
         partial.replace(folder / "search.json")
@@ -148,14 +157,19 @@ class SearchResult:
 
         figure = Figure(figsize=(1.6 * len(self.layers) + 5, 0.45 * len(self.depths) + 2), layout="constrained")
         for ax, name, title in zip(
-            figure.subplots(1, 2), ("mse", "unexplained"), ("mean squared error", "fraction of variance unexplained"), strict=True
+            figure.subplots(1, 2),
+            ("mse", "unexplained"),
+            ("mean squared error", "fraction of variance unexplained"),
+            strict=True,
         ):
             values = [[getattr(self.candidates[i, j], name) for j in self.layers] for i in self.depths]
             ax.imshow(values, cmap="viridis_r", aspect="auto")
             middle = (min(map(min, values)) + max(map(max, values))) / 2
             for y, row in enumerate(values):
                 for x, v in enumerate(row):
-                    ax.text(x, y, f"{v:.3f}", ha="center", va="center", color="white" if v > middle else "black", fontsize=8)
+                    ax.text(
+                        x, y, f"{v:.3f}", ha="center", va="center", color="white" if v > middle else "black", fontsize=8
+                    )
             x, y = self.layers.index(self.best.layer), self.depths.index(self.best.depth)
             ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2))
             ax.set(title=title, xlabel="reward layer j", ylabel="backbone depth i")
@@ -180,7 +194,8 @@ def search_stitch(
 ) -> SearchResult:
     """Fit and rate every stitch (i, j) in closed form, float64, in one streaming pass (METHOD.md §3).
 
-    Depth 0 stands for the noisy latent itself, cut into patches: the baseline that stitches to the VAE without the backbone.
+    Depth 0 stands for the noisy latent itself, cut into patches: the baseline that stitches to the VAE without the
+    backbone.
 
     Args:
         latents: clean latents z_0 [N, C, H, W] of the probe images, on the backbone's device.
@@ -197,7 +212,10 @@ def search_stitch(
         raise ValueError(f"images: expected {len(latents)}, one per latent, got {len(images)}")
     fit_count = len(images) - round(held_out_share * len(images))
     if not 0 < fit_count < len(images):
-        raise ValueError(f"images: expected enough for a fit and a held-out part, got {len(images)} with held_out_share={held_out_share}")
+        raise ValueError(
+            f"images: expected enough for a fit and a held-out part, got {len(images)} with "
+            f"held_out_share={held_out_share}"
+        )
     grid = backbone.grid(latents.shape[-2:])
     patch = latents.shape[-1] // grid[1]
     generator = torch.Generator().manual_seed(seed)
@@ -213,7 +231,10 @@ def search_stitch(
         sigma = sigmas[start:stop].to(latents.device)
         mix = sigma.view(-1, 1, 1, 1)
         noisy = (1 - mix) * latents[start:stop] + mix * noise[start:stop].to(latents)
-        features = [patchify(noisy, patch), *backbone.all_features(noisy, sigma, expand_rows(null_condition, stop - start))]
+        features = [
+            patchify(noisy, patch),
+            *backbone.all_features(noisy, sigma, expand_rows(null_condition, stop - start)),
+        ]
         entering = reward.entering_tokens(images[start:stop].to(reward.device), layers)
         targets = {}
         for j, tokens in entering.items():

@@ -12,12 +12,13 @@ from ..ops import resample_tokens
 class StitchLayer(nn.Module):
     """From the backbone's token grid to what the reward's block ``j`` reads.
 
-    ``F`` is a 1x1 convolution, on tokens a linear map; ``Up`` the bilinear resampling to the reward's grid; ``G`` a pointwise
-    MLP with bottleneck 1:8 whose last layer starts at zero. Because the weights of a bilinear resampling sum to one, F and Up
-    commute, and the one that leaves fewer tokens runs first.
+    ``F`` is a 1x1 convolution, on tokens a linear map; ``Up`` the bilinear resampling to the reward's grid; ``G`` a
+    pointwise MLP with bottleneck 1:8 whose last layer starts at zero. Because the weights of a bilinear resampling
+    sum to one, F and Up commute, and the one that leaves fewer tokens runs first.
 
-    For j > 1 the target tokens carry position and an image-dependent class token already. There a bias per position is part of
-    the fit, and the prefix tokens start from the probe images' mean instead of the reward's input class token.
+    For j > 1 the target tokens carry position and an image-dependent class token already. There a bias per position
+    is part of the fit, and the prefix tokens start from the probe images' mean instead of the reward's input class
+    token.
 
     Args:
         in_width: channels of a backbone token.
@@ -28,7 +29,12 @@ class StitchLayer(nn.Module):
     """
 
     def __init__(
-        self, in_width: int, out_width: int, out_grid: tuple[int, int], num_prefix_tokens: int = 0, with_position: bool = False
+        self,
+        in_width: int,
+        out_width: int,
+        out_grid: tuple[int, int],
+        num_prefix_tokens: int = 0,
+        with_position: bool = False,
     ):
         super().__init__()
         self.out_grid = tuple(out_grid)
@@ -55,7 +61,7 @@ class StitchLayer(nn.Module):
             self.prefix.copy_(prefix)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Backbone tokens [B, N, C] on ``grid`` -> reward tokens [B, N', C'], after the prefix [B, P+N', C'] for j > 1."""
+        """Backbone tokens [B, N, C] on ``grid`` -> reward tokens [B, N', C'], or for j > 1 [B, P+N', C']."""
         tokens = tokens.to(self.project.weight.dtype)
         if self.out_grid[0] * self.out_grid[1] <= grid[0] * grid[1]:
             y = self.project(resample_tokens(tokens, grid, self.out_grid))

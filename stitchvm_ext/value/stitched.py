@@ -22,8 +22,8 @@ FORMAT_VERSION = 1
 class StitchedValue(nn.Module, ValueEstimator):
     """The first ``depth`` blocks of a frozen backbone, a stitching layer, and a reward from block ``layer`` on.
 
-    Holds a reference to the pipeline's own blocks and never a copy; parameters and state dict are those of the stitch and the
-    reward's suffix alone. Depth 0 reads the noisy latent itself: the baseline that stitches to the VAE.
+    Holds a reference to the pipeline's own blocks and never a copy; parameters and state dict are those of the stitch
+    and the reward's suffix alone. Depth 0 reads the noisy latent itself: the baseline that stitches to the VAE.
 
     Args:
         backbone: the adapter of the pipeline's transformer.
@@ -74,10 +74,14 @@ class StitchedValue(nn.Module, ValueEstimator):
     def check_latent_size(self, latent_size: tuple[int, int]) -> None:
         """Raises ValueError unless latents of this (H, W) are what the model was made for."""
         if tuple(latent_size) != self.latent_size:
-            raise ValueError(f"latents: this value model was made for latents of {self.latent_size}, got {tuple(latent_size)}")
+            raise ValueError(
+                f"latents: this value model was made for latents of {self.latent_size}, got {tuple(latent_size)}"
+            )
 
     def tokens(self, latents: Tensor, sigma: float | Tensor) -> Tensor:
-        """The tokens that the stitch reads [B, N, C]: backbone features under the null text, or the latent's patches."""
+        """The tokens that the stitch reads [B, N, C]: backbone features under the null text, or the latent's
+        patches.
+        """
         self.check_latent_size(latents.shape[-2:])
         if self.depth == 0:
             self.backbone.check_latents(latents, sigma)
@@ -105,11 +109,13 @@ class StitchedValue(nn.Module, ValueEstimator):
             return False
         return is_same_encoding(condition.uncond, self.null_condition)
 
-    def denoise_with_value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
+    def denoise_with_value(
+        self, latents: Tensor, sigma: float | Tensor, condition: Condition
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """As the base class says; with an empty negative prompt the unconditional branch's prefix serves the value too.
 
-        The transformer then runs exactly as often as for plain classifier-free guidance; what guidance adds is the stitch,
-        the suffix, and a backward pass through ``depth`` blocks.
+        The transformer then runs exactly as often as for plain classifier-free guidance; what guidance adds is the
+        stitch, the suffix, and a backward pass through ``depth`` blocks.
         """
         self.check_condition(latents, condition)
         if not self.can_share(condition):
@@ -176,9 +182,15 @@ class StitchedValue(nn.Module, ValueEstimator):
             config = json.loads((folder / "config.json").read_text())
             state = load_file(folder / "model.safetensors")
         except (OSError, ValueError, SafetensorError) as error:
-            raise OSError(f"folder: expected a saved value model (config.json, model.safetensors) in {folder}, got: {error}") from error
+            raise OSError(
+                f"folder: expected a saved value model (config.json, model.safetensors) in {folder}, got: {error}"
+            ) from error
         if config.get("format_version") != FORMAT_VERSION:
-            raise OSError(f"folder: expected format_version {FORMAT_VERSION} in {folder / 'config.json'}, got {config.get('format_version')}")
+            found = config.get("format_version")
+            raise OSError(f"folder: expected format_version {FORMAT_VERSION} in {folder / 'config.json'}, got {found}")
+        reference = config["reward"].get("reference") or {}
+        if reference.get("name", "").startswith("."):  # relative to the value model's own folder
+            reference["name"] = str((folder / reference["name"]).resolve())
         backbone = backbone_of(pipe)
         backbone.check_fingerprint(config["backbone"], config["depth"])
         value = cls(

@@ -36,14 +36,18 @@ def as_image_tensor(images: Tensor | Sequence[Any]) -> Tensor:
     images = list(images)
     for number, image in enumerate(images):
         if not isinstance(image, Image.Image):
-            raise TypeError(f"images: expected a tensor [N, 3, H, W] or PIL images, got {type(image).__name__} at position {number}")
+            raise TypeError(
+                f"images: expected a tensor [N, 3, H, W] or PIL images, got {type(image).__name__} at position {number}"
+            )
     sizes = {image.size for image in images}
     if len(sizes) != 1:
         raise ValueError(f"images: expected images of one size, got the sizes {sorted(sizes)}")
     return torch.stack([torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images])
 
 
-def untrained_value(pipe, reward: RewardModel, search: SearchResult, depth: int, layer: int, latent_size, null_condition, text_options) -> StitchedValue:
+def untrained_value(
+    pipe, reward: RewardModel, search: SearchResult, depth: int, layer: int, latent_size, null_condition, text_options
+) -> StitchedValue:
     """A stitched value whose stitch is the closed form of a search, before any finetuning."""
     candidate = search.at(depth, layer)
     stitch = StitchLayer(
@@ -84,9 +88,9 @@ def stitch(
 ) -> StitchedValue:
     """Stitch a reward onto a pipeline's frozen backbone (METHOD.md §3 and §4).
 
-    The last ``probe_images`` images serve the closed-form search alone; the others train. ``work_dir`` receives the search's
-    table (search.json, search.png), the cached targets and the resumable state: the same call after an interruption goes on
-    where it stopped. Save the result with ``value.save_pretrained(folder)``.
+    The last ``probe_images`` images serve the closed-form search alone; the others train. ``work_dir`` receives the
+    search's table (search.json, search.png), the cached targets and the resumable state: the same call after an
+    interruption goes on where it stopped. Save the result with ``value.save_pretrained(folder)``.
 
     Args:
         pipe: a diffusers pipeline with ``transformer``, ``vae`` and text encoders.
@@ -110,9 +114,14 @@ def stitch(
     if layer is not None:
         reward.check_layer(layer)
     if not 8 <= probe_images < len(images):
-        raise ValueError(f"probe_images: expected 8 to {len(images) - 1}, leaving images to train on, got {probe_images}")
+        raise ValueError(
+            f"probe_images: expected 8 to {len(images) - 1}, leaving images to train on, got {probe_images}"
+        )
     if len(images) - probe_images < config.batch_size:
-        raise ValueError(f"images: expected at least probe_images + batch_size = {probe_images + config.batch_size}, got {len(images)}")
+        raise ValueError(
+            f"images: expected at least probe_images + batch_size = {probe_images + config.batch_size}, "
+            f"got {len(images)}"
+        )
     work_dir = Path(work_dir)
 
     text_options = dict(text_options or {})
@@ -120,7 +129,9 @@ def stitch(
     probe = as_unit_images(images[-probe_images:])
     latents = torch.cat([encode_images(pipe.vae, x.to(pipe.vae.device)) for x in probe.split(config.batch_size)])
     layers = sorted({layer or 1, *range(1, min(4, reward.num_layers) + 1)})
-    search = search_stitch(backbone, reward, latents, probe, null_condition, layers=layers, seed=config.seed, progress=progress)
+    search = search_stitch(
+        backbone, reward, latents, probe, null_condition, layers=layers, seed=config.seed, progress=progress
+    )
     search.save(work_dir)
     depth = search.best.depth if depth is None else depth
     if layer is None:

@@ -1,4 +1,6 @@
-"""What stage 2 learns from, computed once and kept on disk: clean latents and the teacher's outputs (METHOD.md §4, "Ours")."""
+"""What stage 2 learns from, computed once and kept on disk: clean latents and the teacher's outputs (METHOD.md §4,
+"Ours").
+"""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from .base import ValueEstimator
 class TweedieValue(ValueEstimator):
     """``r(D(z_t - t u))``: the reward of the decoded posterior mean (METHOD.md §5, baseline DPS).
 
-    The velocity is the guided (CFG) one. It is biased where the posterior is wide, because the reward of a mean is not the
-    mean of the reward, and its gradient runs through the reward, the decoder and both branches of the denoiser.
+    The velocity is the guided (CFG) one. It is biased where the posterior is wide, because the reward of a mean is
+    not the mean of the reward, and its gradient runs through the reward, the decoder and both branches of the denoiser.
 
     Args:
         pipe: a pipeline with ``transformer`` and ``vae``.
@@ -38,7 +38,9 @@ class TweedieValue(ValueEstimator):
         sigma = self.backbone.check_latents(latents, sigma)
         return self.score_velocity(latents, sigma, self.backbone.guided_velocity(latents, sigma, condition), condition)
 
-    def denoise_with_value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
+    def denoise_with_value(
+        self, latents: Tensor, sigma: float | Tensor, condition: Condition
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """As the base class says; the denoiser's one forward pass serves the step and the value's gradient."""
         self.check_condition(latents, condition)
         sigma = self.backbone.check_latents(latents, sigma)

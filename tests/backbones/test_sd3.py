@@ -37,7 +37,9 @@ def test_features_equal_the_blocks_own_output(backbone, null, depth):
 
 
 def test_token_order_is_row_major():
-    """With one block and no mixing yet (depth 0 of a shell), the gradient of token (1, 3) lies on latent patch (1, 3)."""
+    """With one block and no mixing yet (depth 0 of a shell), the gradient of token (1, 3) lies on latent patch (1,
+    3).
+    """
     from stitchvm_ext.backbones.base import truncate
 
     backbone = backbone_of(tiny.tiny_pipeline())

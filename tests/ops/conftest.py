@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_helpers import C, KERNEL_BACKENDS
 
 from stitchvm_ext.ops import _loader
+from tests.ops.op_helpers import KERNEL_BACKENDS, C
 
 
 @pytest.fixture

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from op_helpers import (
-    C,
+
+from stitchvm_ext.ops import _loader, adaln, reference
+from tests.ops.op_helpers import (
     OFFSETS,
     SENTINEL,
     USABLE_LEVELS,
+    C,
     assert_accurate,
     assert_gradient,
     assert_untouched,
@@ -17,8 +19,6 @@ from op_helpers import (
     dtypes_of,
     guarded,
 )
-
-from stitchvm_ext.ops import _loader, adaln, reference
 
 needs_ops = pytest.mark.skipif(not _loader.HAS_OPS, reason=_loader.library_c.reason)
 

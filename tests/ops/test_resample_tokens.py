@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from op_helpers import (
+
+from stitchvm_ext.ops import _loader, reference, resample_tokens
+from tests.ops.op_helpers import (
     OFFSETS,
     SENTINEL,
     assert_accurate,
@@ -15,8 +17,6 @@ from op_helpers import (
     dtypes_of,
     guarded,
 )
-
-from stitchvm_ext.ops import _loader, reference, resample_tokens
 
 needs_ops = pytest.mark.skipif(not _loader.HAS_OPS, reason=_loader.library_c.reason)
 

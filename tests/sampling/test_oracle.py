@@ -16,7 +16,9 @@ WORLDS = {
 
 
 def run(world, value, guidance, transition="ode", count=2000, steps=100, seed=0):
-    """Final latents [B, D] and values [T, B]. The noise levels are denser towards t = 0, where the mixture separates."""
+    """Final latents [B, D] and values [T, B]. The noise levels are denser towards t = 0, where the mixture
+    separates.
+    """
     sigmas = torch.linspace(1, 0, steps + 1) ** 1.5
     generator = torch.Generator().manual_seed(seed + 1)
     latents, values = sample_dps(
@@ -96,7 +98,9 @@ def test_value_gradient(name, t):
 
 
 def test_small_scale_soft_value_is_expected_reward_plus_variance():
-    """METHOD.md §1: soft value = lambda E[r] + lambda²/2 Var[r] + O(lambda³); here divided by lambda, on a grid of lambdas."""
+    """METHOD.md §1: soft value = lambda E[r] + lambda²/2 Var[r] + O(lambda³); here divided by lambda, on a grid of
+    lambdas.
+    """
     world, t = WORLDS["quadratic"], 0.5
     z = world.flat(world.noise(5, seed=2))
     expected = world.expected_reward(z, t)
@@ -119,7 +123,9 @@ def test_plain_sampling_reaches_the_prior(transition):
 @pytest.mark.parametrize("transition", list(TRANSITIONS))
 @pytest.mark.parametrize("name", list(WORLDS))
 def test_guided_samples_match_the_tilted_distribution(name, transition):
-    """mode="score" with the soft value at its own scale samples p exp(scale r): mean, covariance and component weights."""
+    """mode="score" with the soft value at its own scale samples p exp(scale r): mean, covariance and component
+    weights.
+    """
     world, scale = WORLDS[name], 1.5
     z, values = run(world, OracleValue(world, "soft", scale), Guidance(strength=scale, mode="score"), transition)
     target = world.tilted(scale)
@@ -131,7 +137,9 @@ def test_guided_samples_match_the_tilted_distribution(name, transition):
 @pytest.mark.parametrize("mode, strength", [("relative", 0.1), ("score", 0.5), ("raw", 0.3)])
 @pytest.mark.parametrize("transition", list(TRANSITIONS))
 def test_guidance_raises_the_value(transition, mode, strength):
-    """The sign: guided rewards are higher for every transition and mode, from the same noise, and more for more strength."""
+    """The sign: guided rewards are higher for every transition and mode, from the same noise, and more for more
+    strength.
+    """
     world = WORLDS["linear"]
     value = OracleValue(world, "expected")
     means = [
@@ -155,15 +163,19 @@ def test_values_follow_the_trajectory():
 def test_tweedie_bias_has_jensens_sign(curvature, sign):
     """``r(E[z_0|z_t])`` is above ``E[r|z_t]`` for concave rewards, below for convex ones."""
     base = WORLDS["quadratic"]
-    world = OracleWorld(base.prior, QuadraticReward(base.reward.b, curvature * torch.eye(2, dtype=torch.float64)), base.shape)
+    world = OracleWorld(
+        base.prior, QuadraticReward(base.reward.b, curvature * torch.eye(2, dtype=torch.float64)), base.shape
+    )
     latents = world.noise(50, seed=4)
-    tweedie, expected = (OracleValue(world, kind).value(latents, 0.6, world.condition(50)) for kind in ("tweedie", "expected"))
+    tweedie, expected = (
+        OracleValue(world, kind).value(latents, 0.6, world.condition(50)) for kind in ("tweedie", "expected")
+    )
     assert (sign * (tweedie - expected)).min() > 0.01
 
 
 def test_tweedie_guidance_overshoots_a_concave_reward():
-    """One Gaussian, ``r = -z²``: the exact tilt has variance 1/(1+2 lambda); the Tweedie value ignores the posterior's width, so
-    its steeper gradient leaves less."""
+    """One Gaussian, ``r = -z²``: the exact tilt has variance 1/(1+2 lambda); the Tweedie value ignores the posterior's
+    width, so its steeper gradient leaves less."""
     f64 = lambda x: torch.tensor(x, dtype=torch.float64)  # noqa: E731
     prior = Mixture(f64([1.0]), f64([[0.0]]), f64([[[1.0]]]))
     world = OracleWorld(prior, QuadraticReward(f64([0.0]), f64([[-2.0]])), (1, 1, 1))

@@ -27,7 +27,9 @@ def test_tweedie_serves_step_and_gradient_from_one_pass(pipe, reward, latents, c
     value = TweedieValue(pipe, reward)
     velocity, v, grad = value.denoise_with_value(latents, 0.7, condition)
     with torch.no_grad():
-        torch.testing.assert_close(velocity, value.backbone.guided_velocity(latents, 0.7, condition), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            velocity, value.backbone.guided_velocity(latents, 0.7, condition), rtol=1e-4, atol=1e-5
+        )
     plain_v, plain_grad = value.value_and_grad(latents, 0.7, condition)
     torch.testing.assert_close(v, plain_v)
     torch.testing.assert_close(grad, plain_grad, rtol=1e-3, atol=1e-6)

@@ -32,13 +32,17 @@ def features_and_targets(pipe, reward, images, null, depth, layer, seed=0):
             tokens = backbone.features(noisy, sigma, expand_rows(null, len(latents)), depth)
         entering = reward.entering_tokens(images, [layer])[layer]
     prefix = 0 if layer == 1 else reward.num_prefix_tokens
-    return resample_tokens(tokens, backbone.grid(latents.shape[-2:]), reward.grid).double(), entering[:, prefix:].double()
+    return resample_tokens(tokens, backbone.grid(latents.shape[-2:]), reward.grid).double(), entering[
+        :, prefix:
+    ].double()
 
 
 @pytest.mark.parametrize(("depth", "layer"), [(0, 1), (2, 1), (4, 1), (2, 2), (1, 3)])
 def test_closed_form_equals_lstsq_and_held_out_loss_is_honest(pipe, reward, images, null, depth, layer):
     latents = encode_images(pipe.vae, images)
-    result = search_stitch(backbone_of(pipe), reward, latents, images, null, layers=[1, 2, 3], batch_size=5, progress=False)
+    result = search_stitch(
+        backbone_of(pipe), reward, latents, images, null, layers=[1, 2, 3], batch_size=5, progress=False
+    )
     found = result.at(depth, layer)
     f, g = features_and_targets(pipe, reward, images, null, depth, layer)
     fit, unseen = slice(0, 18), slice(18, 24)

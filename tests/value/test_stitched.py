@@ -29,7 +29,9 @@ def make_value(pipe, reward, images):
     return make
 
 
-def test_untrained_stitch_at_layer_1_is_resample_project_and_the_rest_of_the_reward(make_value, reward, latents, condition):
+def test_untrained_stitch_at_layer_1_is_resample_project_and_the_rest_of_the_reward(
+    make_value, reward, latents, condition
+):
     value = make_value(depth=2, layer=1)
     tokens = value.tokens(latents, 0.4)
     grid = tokens.transpose(1, 2).unflatten(2, (8, 8))
@@ -88,7 +90,9 @@ def count_block_rows(transformer, call):
 
         return count
 
-    handles = [b.register_forward_hook(counter(n), with_kwargs=True) for n, b in enumerate(transformer.transformer_blocks)]
+    handles = [
+        b.register_forward_hook(counter(n), with_kwargs=True) for n, b in enumerate(transformer.transformer_blocks)
+    ]
     try:
         call()
     finally:
@@ -242,7 +246,9 @@ def test_state_of_another_run_is_refused(pipe, reward, images, tmp_path):
 
 def test_nan_stops_with_step_and_term(pipe, reward, images, tmp_path):
     with pytest.raises(FloatingPointError, match="finetune: the .* loss is .* at step"):
-        run_stitch(pipe, reward, images, tmp_path, depth=1, layer=1, config=replace(CONFIG, learning_rate=1e30, epochs=5))
+        run_stitch(
+            pipe, reward, images, tmp_path, depth=1, layer=1, config=replace(CONFIG, learning_rate=1e30, epochs=5)
+        )
 
 
 @pytest.mark.parametrize(
