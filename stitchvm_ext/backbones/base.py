@@ -100,6 +100,12 @@ class DiffusionBackbone:
         """The transformer's keyword arguments, ``return_dict`` aside."""
         raise NotImplementedError
 
+    def read_inputs(self, call: dict[str, Any]) -> tuple[Tensor, float, Encoding, bool]:
+        """The inverse of :meth:`inputs`, for a pipeline's call: latents, sigma, encoding, and whether the call
+        holds nothing that changes the blocks (ControlNet residuals, attention arguments).
+        """
+        raise NotImplementedError
+
     def encode_text(self, pipe, prompts: list[str], **options) -> Encoding:
         """Encode texts by the pipeline's own text encoders, one row each."""
         raise NotImplementedError
@@ -234,7 +240,8 @@ class DiffusionBackbone:
                 return tuple(o.detach() if isinstance(o, Tensor) else o for o in output)
             return output.detach()
 
-        leaf = latents.detach().requires_grad_()
+        with torch.inference_mode(False):
+            leaf = latents.detach().clone().requires_grad_()
         handle = blocks_of(self.transformer)[depth - 1].register_forward_hook(cut)
         try:
             with torch.inference_mode(False), torch.enable_grad():

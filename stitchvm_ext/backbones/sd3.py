@@ -44,6 +44,15 @@ class SD3Backbone(DiffusionBackbone):
             "pooled_projections": encoding["pooled_prompt_embeds"].to(dtype),
         }
 
+    def read_inputs(self, call: dict[str, Any]) -> tuple[Tensor, float, Encoding, bool]:
+        timestep = call["timestep"].flatten()
+        if not bool((timestep == timestep[0]).all()):
+            raise ValueError(f"timestep: expected one noise level for the whole batch, got {timestep.tolist()}")
+        encoding = {"prompt_embeds": call["encoder_hidden_states"], "pooled_prompt_embeds": call["pooled_projections"]}
+        extras = ("joint_attention_kwargs", "block_controlnet_hidden_states", "skip_layers")
+        plain = all(call.get(name) is None for name in extras)
+        return call["hidden_states"], float(timestep[0]) / 1000, encoding, plain
+
     @torch.no_grad()
     def encode_text(self, pipe, prompts: list[str], max_sequence_length: int = 256) -> Encoding:
         """``prompt_embeds`` [B, L, joint_attention_dim] and ``pooled_prompt_embeds`` [B, pooled_projection_dim].

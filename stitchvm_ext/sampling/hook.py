@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..backbones import Condition, Encoding
 from ..backbones.base import frozen
-from ..value.base import ValueEstimator
+from ..value import StitchedValue, ValueEstimator
 from .checks import as_prompts, check_guidance_scale
 from .guidance import Guidance, check_finite
 
@@ -95,13 +95,8 @@ class ValueGuide:
             raise TypeError(f"value: expected a ValueEstimator, got {type(value).__name__}")
         if value.backbone.transformer is not transformer:
             raise ValueError("value: expected an estimator on this very transformer, got one on another")
-        if type(transformer).__name__ not in READERS:
-            raise TypeError(
-                f"transformer: expected one of the classes {sorted(READERS)}, got {type(transformer).__name__}"
-            )
         self.value, self.prompts = value, prompts
         self.guidance_scale, self.guidance = float(guidance_scale), guidance
-        self.read = READERS[type(transformer).__name__]
         self.values: list[tuple[float, Tensor]] = []
         self._step, self._sigma = -1, float("inf")
         self._shares = False
@@ -120,7 +115,7 @@ class ValueGuide:
             self._inside = False
 
     def _guided(self, forward: Callable, call: dict[str, Any]):
-        latents, sigma, encoding, plain = self.read(call)
+        latents, sigma, encoding, plain = self.value.backbone.read_inputs(call)
         if call.get("skip_layers") is not None:  # skip-layer guidance subtracts this output from the conditional one
             return _replace(
                 forward(**call), lambda u: u if self._term is None else (u.float() - self._term).to(u.dtype)
@@ -139,7 +134,7 @@ class ValueGuide:
         if not self.values:  # the first guided step of a trajectory
             self._shares = plain and _is_null_text(self.value, condition.uncond)
         if self._shares:
-            uncond, cond, value, grad = _shared_branches(self.value, latents, sigma, condition)
+            uncond, cond, value, grad = self.value.shared_branches(latents, sigma, condition)
             output = (torch.cat([uncond, cond]),)
             if call.get("return_dict", True):
                 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -191,50 +186,9 @@ class ValueGuide:
         return Condition(prompts, cond, uncond, self.guidance_scale if with_cfg else 1.0)
 
 
-def _read_sd3(call: dict[str, Any]) -> tuple[Tensor, float, Encoding, bool]:
-    """Latents, sigma and encoding of a call of ``SD3Transformer2DModel``, and whether it holds nothing else."""
-    extras = [call.get(name) for name in ("joint_attention_kwargs", "block_controlnet_hidden_states", "skip_layers")]
-    timestep = call["timestep"].flatten()
-    if not bool((timestep == timestep[0]).all()):
-        raise ValueError(f"timestep: expected one noise level for the whole batch, got {timestep.tolist()}")
-    encoding = {"prompt_embeds": call["encoder_hidden_states"], "pooled_prompt_embeds": call["pooled_projections"]}
-    return call["hidden_states"], float(timestep[0]) / 1000, encoding, all(extra is None for extra in extras)
-
-
-READERS = {"SD3Transformer2DModel": _read_sd3}
-"""The inverse of :meth:`DiffusionBackbone.inputs`, by the transformer's class."""
-
-
 def _is_null_text(value: ValueEstimator, encoding: Encoding | None) -> bool:
-    """Whether every row is the null text of a stitched value, to the text encoders' rounding: the pipeline encodes it
-    in a batch, the value model encoded it alone. Roundings are a few epsilons apart, different texts of order 1.
-    """
-    if not getattr(value, "depth", 0) or encoding is None:
-        return False
-    null = value.null_condition
-    return all(
-        t.shape[1:] == null[name].shape[1:]
-        and bool((_row_norms(t - null[name].to(t)) <= torch.finfo(t.dtype).eps ** 0.5 * _row_norms(t)).all())
-        for name, t in encoding.items()
-    )
-
-
-def _row_norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.float().flatten(1), dim=1)
-
-
-def _shared_branches(
-    value, latents: Tensor, sigma: float, condition: Condition
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unconditional and conditional velocity, V and its gradient, at the denoiser cost of plain CFG."""
-    backbone = value.backbone
-    uncond, tokens, leaf = backbone.velocity_and_features(latents, sigma, condition.uncond, value.depth)
-    with torch.inference_mode(False), torch.enable_grad():
-        v = value.score(value(tokens), condition)
-        (grad,) = torch.autograd.grad(v.sum(), leaf)
-    with torch.no_grad():
-        cond = backbone.velocity(latents, sigma, condition.cond)
-    return uncond, cond, v.detach(), grad.float()
+    """Whether a half-batch runs the very prefix that a stitched value needs."""
+    return isinstance(value, StitchedValue) and value.is_null_text(encoding)
 
 
 def _replace(output, change: Callable[[Tensor], Tensor]):

@@ -65,7 +65,10 @@ def centre_biased_sigmas(count: int, generator: torch.Generator) -> Tensor:
 def distillation_loss(
     teacher: RewardModel, output: RewardOutput, tokens: Tensor, embeddings: Tensor
 ) -> dict[str, Tensor]:
-    """The terms of the loss, to be summed (METHOD.md §4); squared L2 is summed over channels and averaged over tokens.
+    """The terms of the loss, to be summed (METHOD.md §4).
+
+    Squared L2 is summed over an embedding's dimensions, which have unit length together, and averaged over the channels
+    of tokens, which do not: summed as well, the tokens would drown the embedding that the reward reads.
 
     Args:
         teacher: its ``distillation`` names the loss: "embedding" for CLIP-like rewards, "score" for a scalar head.
@@ -73,7 +76,7 @@ def distillation_loss(
     """
     if teacher.distillation == "embedding":
         return {
-            "tokens": (output.tokens.float() - tokens).square().sum(-1).mean(),
+            "tokens": F.mse_loss(output.tokens.float(), tokens),
             "embedding": (output.normalized - embeddings).square().sum(-1).mean(),
         }
     target_score = teacher.score(RewardOutput(tokens, embeddings), None)

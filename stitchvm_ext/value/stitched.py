@@ -103,11 +103,27 @@ class StitchedValue(nn.Module, ValueEstimator):
         self.check_condition(latents, condition)
         return self.score(self.output(latents, sigma), condition)
 
+    def is_null_text(self, encoding: Encoding | None) -> bool:
+        """Whether a branch with this encoding runs the very prefix that the value needs: its null text in every row."""
+        return self.depth > 0 and encoding is not None and is_same_encoding(encoding, self.null_condition)
+
     def can_share(self, condition: Condition) -> bool:
-        """Whether guidance's unconditional branch runs the very prefix that the value needs: the same null text."""
-        if self.depth == 0 or condition.uncond is None or condition.guidance_scale <= 1:
-            return False
-        return is_same_encoding(condition.uncond, self.null_condition)
+        """Whether guidance's unconditional branch serves the value too."""
+        return condition.guidance_scale > 1 and self.is_null_text(condition.uncond)
+
+    def shared_branches(
+        self, latents: Tensor, sigma: float | Tensor, condition: Condition
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Unconditional and conditional velocity, V and its gradient, at the transformer cost of plain CFG."""
+        self.check_latent_size(latents.shape[-2:])
+        null = expand_rows(self.null_condition, latents.shape[0])
+        uncond, tokens, leaf = self.backbone.velocity_and_features(latents, sigma, null, self.depth)
+        with torch.inference_mode(False), torch.enable_grad():
+            value = self.score(self(tokens), condition)
+            (grad,) = torch.autograd.grad(value.sum(), leaf)
+        with torch.no_grad():
+            cond = self.backbone.velocity(latents, sigma, condition.cond)
+        return uncond, cond, value.detach(), grad.float()
 
     def denoise_with_value(
         self, latents: Tensor, sigma: float | Tensor, condition: Condition
@@ -120,15 +136,8 @@ class StitchedValue(nn.Module, ValueEstimator):
         self.check_condition(latents, condition)
         if not self.can_share(condition):
             return super().denoise_with_value(latents, sigma, condition)
-        self.check_latent_size(latents.shape[-2:])
-        null = expand_rows(self.null_condition, latents.shape[0])
-        uncond, tokens, leaf = self.backbone.velocity_and_features(latents, sigma, null, self.depth)
-        with torch.inference_mode(False), torch.enable_grad():
-            value = self.score(self(tokens), condition)
-            (grad,) = torch.autograd.grad(value.sum(), leaf)
-        with torch.no_grad():
-            cond = self.backbone.velocity(latents, sigma, condition.cond)
-        return uncond + condition.guidance_scale * (cond - uncond), value.detach(), grad.float()
+        uncond, cond, value, grad = self.shared_branches(latents, sigma, condition)
+        return uncond + condition.guidance_scale * (cond - uncond), value, grad
 
     # -- folders -------------------------------------------------------------------------------------------------------
 
