@@ -1,9 +1,11 @@
-"""StitchVM-DPS against Tweedie-DPS: the same prompts and seeds over a sweep of strengths that brackets each one's best.
+"""StitchVM-DPS against Tweedie-DPS, on the same prompts and seeds.
 
     python benchmarks/guidance.py
 
-Target reward, a held-out reward, the exact checker, seconds and peak memory; at equal steps, and at equal wall-clock
-(the stitched method with as many more steps as its speed allows). Writes results/guidance.json and guidance.png.
+First a sweep: strengths that bracket each method's best, for every strength schedule. Then each method at its best
+setting, by the target reward and by the held-out one, on prompts that the sweep did not see: at equal steps, and with
+the stitched method taking as many more steps as its speed allows in the same time. Target reward, held-out reward,
+exact checker, seconds and peak memory; writes results/guidance.json and guidance.png.
 """
 
 from __future__ import annotations
@@ -17,69 +19,78 @@ from stitchvm_ext import TweedieValue
 from stitchvm_ext.playground import load_pipeline, load_reward, load_value
 from stitchvm_ext.playground.experiments import Method, compare_methods, held_out_prompts
 
-STRENGTHS = (0.1, 0.25, 0.5, 1.0, 2.0)
-COLUMNS = ("reward", "held_out_reward", "objects", "colors", "count", "seconds_per_image", "peak_bytes")
+STRENGTHS = (0.25, 0.5, 1.0, 2.0)
+SCHEDULES = ("constant", "sigma", "alpha")
+CRITERIA = ("reward", "held_out_reward")
+COLUMNS = (*CRITERIA, "objects", "colors", "count", "seconds_per_image", "peak_bytes")
+CHUNK = 12
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--sweep-prompts", type=int, default=36)
+    parser.add_argument("--prompts", type=int, default=96, help="of the comparison at the best settings")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS)
-    parser.add_argument("--schedules", nargs="+", default=["constant", "sigma"])
+    parser.add_argument("--schedules", nargs="+", default=SCHEDULES)
     args = parser.parse_args()
 
     pipe, reward = load_pipeline(), load_reward("clip")
     rewards = {"reward": reward, "held_out_reward": load_reward("clip", held_out=True)}
     estimators = {"stitched": load_value(pipe), "Tweedie": TweedieValue(pipe, reward)}
+    prompts = held_out_prompts(args.sweep_prompts + args.prompts)
+    options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+
     methods = [Method("unguided", None)]
     for name, value in estimators.items():
         for schedule in args.schedules:
             for strength in args.strengths:
-                methods.append(
-                    Method(f"{name} {schedule} {strength:g}", value, {"strength": strength, "schedule": schedule})
-                )
+                setting = {"strength": strength, "schedule": schedule}
+                methods.append(Method(f"{name} {schedule} {strength:g}", value, setting))
+    swept = run(pipe, methods, prompts[: args.sweep_prompts], rewards, "sweep", options)
+    print(f"\nsweep over {args.sweep_prompts} prompts\n{table(swept)}", flush=True)
 
-    prompts = held_out_prompts(args.prompts)
-    chunk = 12
-    with tqdm(total=len(methods) * -(-len(prompts) // chunk), desc="equal steps") as bar:
-        results = compare_methods(
-            pipe, methods, prompts, rewards, chunk=chunk, on_chunk=bar.update,
-            num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
-        )  # fmt: skip
-    figures = {name: r.figures for name, r in results.items()}
-    print(table(figures))
-
+    by_name = {m.name: m for m in methods}
     best = {
-        name: max((m for m in figures if m.startswith(name)), key=lambda m: figures[m]["held_out_reward"])
+        name: {c: max((m for m in swept if m.startswith(name)), key=lambda m: swept[m][c]) for c in CRITERIA}  # noqa: B023
         for name in estimators
     }
-    ratio = figures[best["Tweedie"]]["seconds_per_image"] / figures[best["stitched"]]["seconds_per_image"]
-    by_name = {m.name: m for m in methods}
-    more = Method("stitched, equal time", by_name[best["stitched"]].value, {
-        **by_name[best["stitched"]].options, "num_inference_steps": round(args.steps * ratio)
-    })  # fmt: skip
-    base = Method("Tweedie, equal time", by_name[best["Tweedie"]].value, {
-        **by_name[best["Tweedie"]].options, "num_inference_steps": args.steps
-    })  # fmt: skip
-    equal_time = compare_methods(pipe, [more, base], prompts, rewards, chunk=chunk, guidance_scale=args.guidance_scale)
-    equal_figures = {name: r.figures for name, r in equal_time.items()}
-    print(f"\nbest by held-out reward: {best}; Tweedie takes {ratio:.2f}x the time per image\n" + table(equal_figures))
+    chosen = {by_name[m].name: by_name[m] for settings in best.values() for m in settings.values()}
+    seconds = {name: swept[best[name]["reward"]]["seconds_per_image"] for name in estimators}
+    ratio = seconds["Tweedie"] / seconds["stitched"]
+    longer = by_name[best["stitched"]["reward"]]
+    steps = round(args.steps * ratio)
+    equal_time = Method(f"{longer.name}, {steps} steps", longer.value, {**longer.options, "num_inference_steps": steps})
+    methods = [Method("unguided", None), *chosen.values(), equal_time]
+    compared = run(pipe, methods, prompts[args.sweep_prompts :], rewards, "comparison", options)
+    print(f"\nbest settings on {args.prompts} other prompts\n{table(compared)}")
 
-    plain, guided = figures["unguided"]["seconds_per_image"], {n: figures[best[n]]["seconds_per_image"] for n in best}
+    plain = swept["unguided"]["seconds_per_image"]
     result = {
-        "prompts": len(prompts),
         "steps": args.steps,
         "guidance_scale": args.guidance_scale,
-        "equal_steps": figures,
-        "best_by_held_out_reward": best,
+        "sweep_prompts": args.sweep_prompts,
+        "sweep": swept,
+        "best": best,
         "time_ratio_tweedie_over_stitched": ratio,
-        "time_ratio_of_the_guidance_part": (guided["Tweedie"] - plain) / (guided["stitched"] - plain),
-        "equal_time": equal_figures,
+        "time_ratio_of_the_guidance_part": (seconds["Tweedie"] - plain) / (seconds["stitched"] - plain),
+        "comparison_prompts": args.prompts,
+        "comparison": compared,
     }
-    print(f"wrote {save('guidance', result)}")
-    plot(figures, args, RESULTS / "guidance.png")
+    print(
+        f"\nTweedie-DPS takes {ratio:.2f}x the time per image of StitchVM-DPS, "
+        f"{result['time_ratio_of_the_guidance_part']:.2f}x on what guidance adds; wrote {save('guidance', result)}"
+    )
+    plot(swept, args, RESULTS / "guidance.png")
+
+
+def run(pipe, methods, prompts, rewards, label: str, options: dict) -> dict[str, dict[str, float]]:
+    """Figures by method; a method's own options win over the common ones."""
+    methods = [Method(m.name, m.value, {**options, **m.options}) for m in methods]
+    with tqdm(total=len(methods) * -(-len(prompts) // CHUNK), desc=label) as bar:
+        results = compare_methods(pipe, methods, prompts, rewards, chunk=CHUNK, on_chunk=bar.update)
+    return {name: r.figures for name, r in results.items()}
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
@@ -99,10 +110,12 @@ def plot(figures: dict[str, dict[str, float]], args, path) -> None:
     for ax, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         ax.axhline(figures["unguided"][key], color="grey", linestyle="--", label="unguided")
         for name, color in (("stitched", "tab:blue"), ("Tweedie", "tab:orange")):
-            for schedule, style in zip(args.schedules, ("-", ":"), strict=False):
+            for schedule, style in zip(args.schedules, ("-", ":", "-."), strict=False):
                 rows = [figures[f"{name} {schedule} {s:g}"][key] for s in args.strengths]
                 ax.plot(args.strengths, rows, style, color=color, marker="o", markersize=3, label=f"{name}, {schedule}")
         ax.set(title=title, xlabel="strength (relative to the velocity)", xscale="log")
+        ax.set_xticks(args.strengths, [f"{s:g}" for s in args.strengths])
+        ax.minorticks_off()
         ax.grid(alpha=0.3)
     ax.legend(fontsize=7)
     figure.savefig(path, dpi=140)

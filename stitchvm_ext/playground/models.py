@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import world
 
-MAX_TOKENS = 16
+MAX_TOKENS = 12  # the longest caption has 9 words
 WORDS = (
     "<pad>", "<bos>", "a", "and", "two", "three", "small", "large",
     *world.COLORS, *world.SHAPES, *world.PLURALS.values(), "<eos>",
@@ -24,7 +24,7 @@ CLIP_CONFIG = {
 
 
 def build_tokenizer():
-    """A word-level tokenizer of the captions' 25 words: ``<bos> words <eos>``, padded to 16 ids."""
+    """A word-level tokenizer of the captions' 25 words: ``<bos> words <eos>``, padded to 12 ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from . import models, world
 from .optim import Muon, step_seed
 
-STEPS = 5600
+STEPS = 7000
 BATCH = 64
 DECAY_SHARE = 0.4  # the learning rate falls linearly over this last share of the steps
 NULL_TEXT_SHARE = 0.1

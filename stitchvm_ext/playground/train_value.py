@@ -39,7 +39,9 @@ def train_value(weights: Path, work: Path, images: Tensor, vae_only: bool = Fals
         images: training pictures, uint8 [N, 3, 64, 64]; the last 200 serve the search.
         scale: share of the pictures, for smoke tests.
     """
-    count = max(round(scale * (PROBE_PICTURES + TRAINING_PICTURES)), 2 * CONFIG.batch_size)
+    count = min(len(images), max(round(scale * (PROBE_PICTURES + TRAINING_PICTURES)), 32))
+    probe_images = min(PROBE_PICTURES, count // 4)
+    config = VAE_ONLY_CONFIG if vae_only else CONFIG
     pipe, reward = load_pipeline(weights), load_reward("clip", folder=weights)
     name = "value_vae_only" if vae_only else "value"
     value = stitch(
@@ -49,8 +51,8 @@ def train_value(weights: Path, work: Path, images: Tensor, vae_only: bool = Fals
         depth=0 if vae_only else None,
         layer=1 if vae_only else None,
         work_dir=work,
-        probe_images=min(PROBE_PICTURES, count // 4),
-        config=VAE_ONLY_CONFIG if vae_only else CONFIG,
+        probe_images=probe_images,
+        config=replace(config, batch_size=min(config.batch_size, count - probe_images)),
     )
     value.suffix.reference = {"name": "../reward", "pretrained": None}  # wherever the folder lies
     value.to(torch.float16).save_pretrained(weights / name)

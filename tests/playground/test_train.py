@@ -47,7 +47,7 @@ def run(tmp_path_factory):
 
 def test_stages_are_stored_under_their_names(run):
     work, _ = run
-    assert {f.name for f in work.iterdir()} == {f"{stage}.pt" for stage in train.STAGES} | {"settings.json"}
+    assert {f.name for f in work.iterdir()} == {f"{stage}.pt" for stage in train.STAGES} | {"settings.json", "value"}
 
 
 def test_packed_folders(run):
@@ -108,6 +108,16 @@ def test_rewards_load_and_differ_between_seeds(run):
     target, held_out = (playground.load_reward(held_out=h, folder=out)(images, captions) for h in (False, True))
     assert target.shape == (2,) and not torch.equal(target, held_out)
     assert playground.load_reward("aesthetic", folder=out)(images).shape == (2,)
+
+
+def test_value_models_load_beside_their_reward(run):
+    _, out = run
+    pipe, reward = playground.load_pipeline(out), playground.load_reward(folder=out)
+    stitched, vae_only = (playground.load_value(pipe, vae_only=v, folder=out) for v in (False, True))
+    assert stitched.depth >= 1 and vae_only.depth == 0
+    # the text tower is read from ../reward, wherever the folder lies
+    captions = ["a red circle", "two green triangles"]
+    assert torch.allclose(stitched.suffix.encode_condition(captions), reward.encode_condition(captions), atol=1e-6)
 
 
 def test_evaluation_runs_on_packed_weights(run, tmp_path, capsys, monkeypatch):

@@ -123,7 +123,7 @@ def test_tokenizer_round_trip(pictures, tmp_path):
     assert (ids[:, 0] == models.BOS_ID).all() and ((ids == models.EOS_ID).sum(1) == 1).all()
     assert ids.max() == models.EOS_ID == len(models.WORDS) - 1  # CLIP pools the text at the largest id
     assert tokenizer.batch_decode(ids, skip_special_tokens=True) == captions
-    assert models.tokenize(tokenizer, [""])[0].tolist() == [models.BOS_ID, models.EOS_ID] + [models.PAD_ID] * 14
+    assert models.tokenize(tokenizer, [""])[0].tolist() == [models.BOS_ID, models.EOS_ID] + [models.PAD_ID] * 10
     tokenizer.save_pretrained(tmp_path)
     from transformers import AutoTokenizer
 

@@ -1,0 +1,77 @@
+"""What sharing the backbone's prefix with the unconditional branch changes: nothing but the cost.
+
+    python benchmarks/shared_prefix.py
+
+Plain classifier-free guidance, StitchVM-DPS with the shared prefix, and the same with a prefix of its own, alternating
+over the same prompts and seeds; writes results/shared_prefix.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+import torch
+from harness import save
+
+from stitchvm_ext import ValueEstimator, guided_sample
+from stitchvm_ext.playground import load_pipeline, load_value
+from stitchvm_ext.playground.experiments import held_out_prompts
+
+
+class SeparatePrefix(ValueEstimator):
+    """A stitched value that runs its own prefix: the interface's plain ``denoise_with_value``."""
+
+    def __init__(self, stitched):
+        self.stitched, self.backbone, self.text_options = stitched, stitched.backbone, stitched.text_options
+
+    def value(self, latents, sigma, condition):
+        return self.stitched.value(latents, sigma, condition)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+
+    pipe = load_pipeline()
+    stitched = load_value(pipe)
+    values = {"plain": None, "shared": stitched, "separate": SeparatePrefix(stitched)}
+    prompts = held_out_prompts(args.prompts)
+    seconds: dict[str, list[float]] = {name: [] for name in values}
+    outputs = {}
+    for _ in range(args.repeats):
+        for name, value in values.items():
+            generators = [torch.Generator().manual_seed(k) for k in range(args.prompts)]
+            outputs[name] = guided_sample(
+                pipe, value, prompts, num_inference_steps=args.steps, guidance_scale=3.0, strength=0.5,
+                generator=generators, output_type="pt", progress=False,
+            )  # fmt: skip
+            seconds[name].append(outputs[name].timings["sample"] / args.prompts)
+    shared, separate = outputs["shared"], outputs["separate"]
+    result = {
+        "prompts": args.prompts,
+        "steps": args.steps,
+        "depth": stitched.depth,
+        "backbone_depth": stitched.backbone.depth,
+        "denoiser_evaluations_per_image": {n: o.denoiser_evaluations / args.prompts for n, o in outputs.items()},
+        "seconds_per_image": {name: statistics.median(times) for name, times in seconds.items()},
+        "largest_difference": {
+            "images": (shared.images - separate.images).abs().max().item(),
+            "values": (shared.values - separate.values).abs().max().item(),
+        },
+    }
+    for name in values:
+        evaluations, median = result["denoiser_evaluations_per_image"][name], result["seconds_per_image"][name]
+        print(f"{name:>9}: {evaluations:6.2f} transformer passes and {median:.3f} s per image")
+    difference = result["largest_difference"]
+    print(
+        f"shared against separate: images within {difference['images']:.1e}, values within {difference['values']:.1e}"
+    )
+    print(f"wrote {save('shared_prefix', result)}")
+
+
+if __name__ == "__main__":
+    main()
