@@ -23,8 +23,13 @@ def demo(out: Path = Path("stitchvm-demo"), prompts: int = 12, steps: int = 20, 
         steps: sampling steps.
         seed: of the starting noise.
     """
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
     from .playground.demo import run_demo
 
+    for library in (diffusers, transformers):  # loading takes a second: bars would only clutter
+        library.utils.logging.disable_progress_bar()
     run_demo(out, num_prompts=prompts, num_inference_steps=steps, seed=seed)
 
 

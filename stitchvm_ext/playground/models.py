@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import world
 
-MAX_TOKENS = 12  # the longest caption has 9 words
+MAX_TOKENS = 12  # the longest captions have 9 words, and two marks
 WORDS = (
     "<pad>", "<bos>", "a", "and", "two", "three", "small", "large",
     *world.COLORS, *world.SHAPES, *world.PLURALS.values(), "<eos>",

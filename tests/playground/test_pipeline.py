@@ -1,4 +1,4 @@
-"""The pipeline class and the accuracy figures, without trained weights; and the shipped weights where they are."""
+"""The pipeline class, the accuracy figures, and the shipped generator and rewards."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ import pytest
 import torch
 
 from stitchvm_ext import playground
-from stitchvm_ext.playground import evaluate, world
+from stitchvm_ext.playground import evaluate, models, world
 from tests.tiny import tiny_pipeline
-
-shipped = pytest.mark.skipif(
-    not playground.weights_dir().is_dir(), reason=f"the playground's weights are not in {playground.weights_dir()}"
-)
 
 
 def test_texts_have_no_rows_of_a_missing_t5():
@@ -24,7 +20,8 @@ def test_texts_have_no_rows_of_a_missing_t5():
     expected = stock.encode_prompt(**texts, max_sequence_length=0)
     for got in (ours.encode_prompt(**texts), ours.encode_prompt(**texts, max_sequence_length=256)):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    assert expected[0].shape[1] == 16 and stock.encode_prompt(**texts)[0].shape[1] == 16 + 256
+    assert expected[0].shape[1] == models.MAX_TOKENS
+    assert stock.encode_prompt(**texts)[0].shape[1] == models.MAX_TOKENS + 256
 
 
 def test_accuracy_counts_what_the_checker_sees():
@@ -40,13 +37,11 @@ def test_accuracy_counts_what_the_checker_sees():
         evaluate.checker_accuracy(images, captions[:3])
 
 
-@shipped
 def test_shipped_generator_draws_what_held_out_captions_say():
     accuracy = evaluate.generator_accuracy(playground.load_pipeline(), evaluate.held_out_captions(16), steps=12)
     assert accuracy["all"]["colors"] >= 0.6 and accuracy["all"]["objects"] >= 0.4
 
 
-@shipped
 @pytest.mark.parametrize("held_out", [False, True])
 def test_shipped_rewards_tell_captions_apart(held_out):
     pictures = world.dataset(200, seed=10, held_out=True)

@@ -1,0 +1,78 @@
+"""The shipped value models, and the demo that shows them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from stitchvm_ext import TweedieValue
+from stitchvm_ext.playground import experiments, load_pipeline, load_reward, load_value
+from stitchvm_ext.playground.demo import run_demo
+
+METHODS = ["unguided", "Tweedie-DPS", "StitchVM-DPS"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline()
+
+
+@pytest.fixture(scope="module")
+def reward():
+    return load_reward("clip")
+
+
+def test_stitched_value_reads_noisy_latents_better_than_the_vae_only_stitch(pipe, reward):
+    data = experiments.held_out(pipe, reward, 256)
+    stitched, vae_only = (
+        experiments.noise_level_accuracy(load_value(pipe, vae_only=v), data, sigmas=(0.1, 0.25, 0.5))
+        for v in (False, True)
+    )
+    for ours, theirs in zip(stitched, vae_only, strict=True):
+        assert ours["cosine"] > theirs["cosine"] and ours["r_at_1"] > theirs["r_at_1"]
+    clean = experiments.retrieval_at_1(data.embeddings, data.texts, data.captions)
+    assert stitched[0]["r_at_1"] > 0.8 * clean and stitched[0]["spearman"] > 0.9
+
+
+def test_guidance_raises_both_rewards(pipe, reward):
+    """By Tweedie and by the stitched value, on the reward that is followed and on the one that is not."""
+    methods = [
+        experiments.Method("unguided", None),
+        experiments.Method("Tweedie", TweedieValue(pipe, reward), {"strength": 0.5}),
+        experiments.Method("stitched", load_value(pipe), {"strength": 0.5}),
+    ]
+    rewards = {"reward": reward, "held_out_reward": load_reward("clip", held_out=True)}
+    prompts = experiments.held_out_prompts(12)
+    results = experiments.compare_methods(
+        pipe, methods, prompts, rewards, num_inference_steps=12, guidance_scale=1.0, chunk=12
+    )
+    plain = results["unguided"].figures
+    for name in ("Tweedie", "stitched"):
+        assert results[name].figures["reward"] > plain["reward"]
+        assert results[name].figures["held_out_reward"] > plain["held_out_reward"]
+        assert not torch.equal(results[name].images, results["unguided"].images)
+
+
+def test_demo_writes_pictures_numbers_and_a_table(tmp_path, capsys):
+    out = tmp_path / "new" / "folder"
+    figures = run_demo(out, num_prompts=2, num_inference_steps=2)
+    assert list(figures) == METHODS
+    assert {f.name for f in out.iterdir()} == {"grid.png", "value_accuracy.png", "results.json"}
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in METHODS) and str(out) in printed
+    saved = json.loads((out / "results.json").read_text())
+    assert saved["methods"] == figures and len(saved["prompts"]) == 2
+    for name in ("grid.png", "value_accuracy.png"):
+        with Image.open(out / name) as image:
+            assert min(image.size) > 200 and len(set(image.convert("L").tobytes())) > 20
+
+
+def test_demo_refuses_bad_numbers_before_it_starts(tmp_path):
+    with pytest.raises(ValueError, match="prompts: expected at least 1, got 0"):
+        run_demo(tmp_path / "out", num_prompts=0)
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+        run_demo(tmp_path / "out", num_inference_steps=0)
+    assert not (tmp_path / "out").exists()
