@@ -102,3 +102,10 @@ def build_text_encoder():
             pad_token_id=PAD_ID,
         )
     )
+
+
+def build_aesthetic_head():
+    """A scalar head on the CLIP's normalised embedding, as the LAION predictor has it."""
+    from ..rewards.scalar_head import ScalarHead
+
+    return ScalarHead({0: (64, CLIP_CONFIG["embed_dim"]), 2: (1, 64)}, activation="gelu")

@@ -146,7 +146,7 @@ def reward_from_state(clip_state: dict[str, Tensor], head_state: dict[str, Tenso
     """The CLIP and its aesthetic head from their state dicts."""
     from open_clip.model import CLIP
 
-    clip, head = CLIP(**copy.deepcopy(models.CLIP_CONFIG)), train_reward.AestheticHead(models.CLIP_CONFIG["embed_dim"])
+    clip, head = CLIP(**copy.deepcopy(models.CLIP_CONFIG)), models.build_aesthetic_head()
     clip.load_state_dict(clip_state)
     head.load_state_dict(head_state)
     return clip.eval(), head.eval()
@@ -204,7 +204,7 @@ def save_reward(clip, head, out: Path) -> None:
     config = {"model_cfg": model_config, "preprocess_cfg": preprocess}
     (out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(_half(clip.state_dict()), out / "open_clip_model.safetensors", metadata={"format": "pt"})
-    metadata = {"format": "pt", "activation": "gelu"}
+    metadata = {"format": "pt", "activation": head.activation}
     save_file(_half(head.state_dict()), out / "aesthetic_head.safetensors", metadata=metadata)
     models.build_tokenizer().save_pretrained(out)
 

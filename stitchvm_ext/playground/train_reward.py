@@ -20,17 +20,6 @@ BATCH = 96
 KINDS = [(color, shape) for color in world.COLORS for shape in world.SHAPES]
 
 
-class AestheticHead(nn.Module):
-    """Scalar score from a normalised CLIP embedding [B, D] -> [B], as the LAION predictor has it."""
-
-    def __init__(self, width: int, hidden: int = 64):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 1))
-
-    def forward(self, embedding: Tensor) -> Tensor:
-        return self.layers(embedding).squeeze(-1)
-
-
 def object_counts(objects: list[world.Shape]) -> list[int]:
     """How often each of the 30 (colour, shape) kinds occurs: 30 numbers in 0..3."""
     kinds = [o.kind for o in objects]
@@ -68,7 +57,7 @@ def train_reward(
     torch.manual_seed(seed)
     clip = CLIP(**models.CLIP_CONFIG, output_dict=False).to(device)
     width = models.CLIP_CONFIG["embed_dim"]
-    head = AestheticHead(width).to(device)
+    head = models.build_aesthetic_head().to(device)
     training_only = nn.ModuleDict(
         {"counts": nn.Linear(width, len(KINDS) * 4), "cover": nn.Linear(width, covers.shape[-1])}
     ).to(device)

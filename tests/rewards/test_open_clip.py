@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stitchvm_ext import playground
-from stitchvm_ext.playground import models, train, train_reward
+from stitchvm_ext.playground import models, train
 from stitchvm_ext.rewards import AestheticReward, OpenClipReward, reward_suffix_from_description
 from stitchvm_ext.rewards import open_clip_loading as loading
 from stitchvm_ext.rewards.scalar_head import ScalarHead
@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
     torch.manual_seed(2)
     path = tmp_path_factory.mktemp("weights") / "reward"
     clip = open_clip.CLIP(**copy.deepcopy(models.CLIP_CONFIG))
-    train.save_reward(clip, train_reward.AestheticHead(models.CLIP_CONFIG["embed_dim"]), path)
+    train.save_reward(clip, models.build_aesthetic_head(), path)
     return path
 
 
@@ -271,7 +271,7 @@ def test_laion_heads(folder, tmp_path):
 def test_aesthetic_head_of_the_playground_keeps_its_activation(folder):
     reward = AestheticReward.from_pretrained(folder)
     assert reward.head.activation == "gelu" and reward.distillation == "score"
-    head = train_reward.AestheticHead(128)
+    head = models.build_aesthetic_head()
     head.load_state_dict(reward.head.state_dict())
     assert torch.equal(reward(images()), head(reward.output(images()).normalized))
     assert torch.equal(reward(images(), PROMPTS), reward(images()))
