@@ -52,6 +52,7 @@ def train_value(weights: Path, work: Path, images: Tensor, vae_only: bool = Fals
         layer=1 if vae_only else None,
         work_dir=work,
         probe_images=probe_images,
+        backbone_licence="Apache-2.0",
         config=replace(config, batch_size=min(config.batch_size, count - probe_images)),
     )
     value.suffix.reference = {"name": "../reward", "pretrained": None}  # wherever the folder lies

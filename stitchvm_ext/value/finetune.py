@@ -138,7 +138,13 @@ def finetune(
         fused=True,
     )
     base_rates = [group["lr"] for group in optimizer.param_groups]
-    run = {"config": asdict(config), "images": len(targets), "depth": value.depth, "layer": value.layer}
+    run = {
+        "config": asdict(config),
+        "targets": targets.digest,
+        "backbone": value.backbone.fingerprint(value.depth),
+        "depth": value.depth,
+        "layer": value.layer,
+    }
     start, history = _load_state(state_path, value, optimizer, run)
     stop = min(total, stop_at or total)
 
@@ -197,8 +203,16 @@ def _load_state(
     state = torch.load(path, weights_only=True, map_location=value.backbone.device)
     if state["run"] != run:
         raise OSError(
-            f"state_path: {path} belongs to another run: expected {run}, got {state['run']}; remove it to start anew"
+            f"state_path: {path} belongs to another run ({_differences(run, state['run'])}); remove it to start anew"
         )
     value.load_state_dict(state["value"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["history"]
+
+
+def _differences(expected: dict, got: dict) -> str:
+    return "; ".join(
+        f"{name}: expected {expected[name]}, got {got.get(name)}"
+        for name in expected
+        if expected[name] != got.get(name)
+    )

@@ -8,6 +8,8 @@ from typing import Any
 def model_card(config: dict[str, Any]) -> str:
     """Markdown: what was stitched to what, how it was trained, how to load it, and whose licences it inherits."""
     reward, backbone, details = config["reward"], config["backbone"], config["details"]
+    reference = reward.get("reference") or {}
+    reward_name = " ".join(filter(None, (reward["class"], reference.get("name"), reference.get("pretrained"))))
     licences = {"backbone": backbone.get("licence"), "reward": reward.get("licence")}
     lines = [
         "---",
@@ -25,7 +27,7 @@ def model_card(config: dict[str, Any]) -> str:
         f"| backbone blocks kept (i) | {config['depth']} |",
         f"| reward block entered (j) | {config['layer']} |",
         f"| latent size | {config['latent_size'][0]} x {config['latent_size'][1]} |",
-        f"| reward | {reward.get('source') or reward['class']} |",
+        f"| reward | {reward_name} |",
         *(f"| {name} | {value} |" for name, value in details.items()),
         "",
         "```python",

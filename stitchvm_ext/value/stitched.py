@@ -34,6 +34,7 @@ class StitchedValue(nn.Module, ValueEstimator):
         latent_size: (H, W) of the latents it is made for.
         null_condition: one row, the backbone's encoding of the empty prompt.
         text_options: what ``null_condition`` was encoded with (for SD3 ``max_sequence_length``).
+        backbone_licence: of the backbone's weights, for the model card.
         details: what else the model card should tell (search losses, training settings).
     """
 
@@ -48,6 +49,7 @@ class StitchedValue(nn.Module, ValueEstimator):
         latent_size: tuple[int, int],
         null_condition: Encoding,
         text_options: dict[str, Any],
+        backbone_licence: str | None = None,
         details: dict[str, Any] | None = None,
     ):
         super().__init__()
@@ -60,6 +62,7 @@ class StitchedValue(nn.Module, ValueEstimator):
         self.latent_size = tuple(latent_size)
         self.grid = backbone.grid(self.latent_size)
         self.text_options = dict(text_options)
+        self.backbone_licence = backbone_licence
         self.details = dict(details or {})
         self._null_names = tuple(null_condition)
         for name, row in null_condition.items():
@@ -155,7 +158,7 @@ class StitchedValue(nn.Module, ValueEstimator):
                 "num_prefix_tokens": 0 if self.stitch.prefix is None else len(self.stitch.prefix),
                 "with_position": self.stitch.position is not None,
             },
-            "backbone": self.backbone.fingerprint(self.depth),
+            "backbone": {**self.backbone.fingerprint(self.depth), "licence": self.backbone_licence},
             "reward": self.suffix.describe(),
             "null_condition": {name: list(row.shape) for name, row in self.null_condition.items()},
             "text_options": self.text_options,
@@ -211,6 +214,7 @@ class StitchedValue(nn.Module, ValueEstimator):
             latent_size=tuple(config["latent_size"]),
             null_condition={name: torch.zeros(shape) for name, shape in config["null_condition"].items()},
             text_options=config["text_options"],
+            backbone_licence=config["backbone"]["licence"],
             details=config["details"],
         )
         try:

@@ -14,7 +14,7 @@ from ..backbones import backbone_of
 from ..backbones.latents import encode_images
 from ..rewards.base import RewardModel
 from .finetune import FinetuneConfig, finetune
-from .search import SearchResult, search_stitch
+from .search import MAX_LAYER, SearchResult, search_stitch
 from .stitch_layer import StitchLayer
 from .stitched import StitchedValue
 from .targets import as_unit_images, cache_targets
@@ -84,6 +84,7 @@ def stitch(
     probe_images: int = 200,
     config: FinetuneConfig | None = None,
     text_options: dict[str, Any] | None = None,
+    backbone_licence: str | None = None,
     progress: bool = True,
 ) -> StitchedValue:
     """Stitch a reward onto a pipeline's frozen backbone (METHOD.md §3 and §4).
@@ -100,6 +101,7 @@ def stitch(
         layer: j, the reward block entered; None for the search's pick.
         config: settings of stage 2.
         text_options: of the backbone's text encoding, e.g. ``{"max_sequence_length": 256}`` for SD3.
+        backbone_licence: of the pipeline's weights, for the model card (a reward brings its own).
 
     Raises:
         ValueError, TypeError: an argument does not fit; before any work starts.
@@ -128,7 +130,7 @@ def stitch(
     null_condition = backbone.null_condition(pipe, **text_options)
     probe = as_unit_images(images[-probe_images:])
     latents = torch.cat([encode_images(pipe.vae, x.to(pipe.vae.device)) for x in probe.split(config.batch_size)])
-    layers = sorted({layer or 1, *range(1, min(4, reward.num_layers) + 1)})
+    layers = sorted({layer or 1, *range(1, min(MAX_LAYER, reward.num_layers) + 1)})
     search = search_stitch(
         backbone, reward, latents, probe, null_condition, layers=layers, seed=config.seed, progress=progress
     )
@@ -141,6 +143,7 @@ def stitch(
     targets = cache_targets(work_dir / "targets", pipe.vae, reward, images[:-probe_images], progress=progress)
     state_path = work_dir / f"state_i{depth}_j{layer}.pt"
     losses = finetune(value, reward, targets, config, state_path=state_path, progress=progress)
+    value.backbone_licence = backbone_licence
     value.details |= {
         "training images": len(targets),
         "training steps": config.epochs * (len(targets) // config.batch_size),

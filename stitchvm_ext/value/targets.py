@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import trange
 
 from ..backbones.latents import encode_images
@@ -26,11 +26,13 @@ class DistillationTargets:
         latents: z_0 float32 [N, C, H, W].
         tokens: the teacher's output tokens float16 [N, P+N', C'].
         embeddings: the teacher's normalised embeddings float32 [N, D].
+        digest: of the images and of the networks that the rest was computed from.
     """
 
     latents: np.ndarray
     tokens: np.ndarray
     embeddings: np.ndarray
+    digest: str
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -47,6 +49,15 @@ def _images_hash(images: Tensor) -> str:
     return hashlib.sha256(str(tuple(images.shape)).encode() + values.cpu().numpy().tobytes()).hexdigest()
 
 
+def _weights_hash(module: nn.Module) -> str:
+    """A digest of a few entries of every weight: a network of the same shape with other weights has another."""
+    digest = hashlib.sha256()
+    for name, t in module.state_dict().items():
+        values = t.detach().flatten()[:: max(1, t.numel() // 16)]
+        digest.update(name.encode() + values.double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 @torch.no_grad()
 def cache_targets(
     folder: str | Path, vae, reward: RewardModel, images: Tensor, *, batch_size: int = 64, progress: bool = True
@@ -56,7 +67,11 @@ def cache_targets(
     The manifest is written last; without it, or for other images or another reward, the folder is computed anew.
     """
     folder = Path(folder)
-    manifest = {"images": _images_hash(images), "reward": reward.describe(), "vae": dict(vae.config)}
+    manifest = {
+        "images": _images_hash(images),
+        "reward": {**reward.describe(), "weights": _weights_hash(reward)},
+        "vae": {**vae.config, "weights": _weights_hash(vae)},
+    }
     manifest = json.loads(json.dumps(manifest, default=str))
     paths = {name: folder / f"{name}.npy" for name in ("latents", "tokens", "embeddings")}
     manifest_path = folder / "manifest.json"
@@ -83,7 +98,8 @@ def cache_targets(
         partial = manifest_path.with_suffix(".partial")
         partial.write_text(json.dumps(manifest, indent=1))
         partial.replace(manifest_path)
-    return DistillationTargets(**{name: np.load(path, mmap_mode="r") for name, path in paths.items()})
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return DistillationTargets(**{n: np.load(path, mmap_mode="r") for n, path in paths.items()}, digest=digest)
 
 
 def as_unit_images(images: Tensor) -> Tensor:

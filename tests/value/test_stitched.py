@@ -1,5 +1,6 @@
 """The stitched value: exactness of the cut, the shared prefix, gradients, folders."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -149,13 +150,15 @@ def test_parameters_are_stitch_and_suffix_alone(make_value):
 @pytest.mark.parametrize(("depth", "layer"), [(0, 1), (2, 1), (3, 2)])
 def test_folder_round_trip(make_value, pipe, latents, condition, tmp_path, depth, layer):
     value = make_value(depth, layer)
+    value.backbone_licence = "Backbone Licence 1.0"
     value.save_pretrained(tmp_path / "value")
     again = StitchedValue.from_pretrained(tmp_path / "value", pipe)
     again.suffix.text = value.suffix.text  # the text tower belongs to the original reward, which has no folder here
     assert torch.equal(again.value(latents, 0.3, condition), value.value(latents, 0.3, condition))
     assert again.config() == json.loads((tmp_path / "value" / "config.json").read_text())
     card = (tmp_path / "value" / "README.md").read_text()
-    assert "inherits the licences of both" in card
+    assert "inherits the licences of both" in card and "- backbone: Backbone Licence 1.0" in card
+    assert "- reward: not recorded" in card
     assert not list((tmp_path / "value").glob("*.partial"))
 
 
@@ -236,6 +239,20 @@ def test_targets_are_reopened_for_the_same_images_and_redone_for_others(pipe, re
     before = first.latents.copy()
     other = cache_targets(tmp_path, pipe.vae, reward, images.flip(0), progress=False)
     torch.testing.assert_close(torch.from_numpy(other.latents[::-1].copy()), torch.from_numpy(before))
+
+
+def test_targets_and_states_follow_the_weights(pipe, images, tmp_path):
+    """A reward retrained under the same name gives other targets, and no old state is taken for its own."""
+    old, new = tiny.tiny_reward(), copy.deepcopy(tiny.tiny_reward())
+    with torch.no_grad():
+        new.visual.proj.mul_(-1)
+    assert old.describe() == new.describe()
+    before = cache_targets(tmp_path / "cache", pipe.vae, old, images, progress=False).embeddings[:].copy()
+    after = cache_targets(tmp_path / "cache", pipe.vae, new, images, progress=False).embeddings[:].copy()
+    torch.testing.assert_close(torch.from_numpy(after), -torch.from_numpy(before))
+    run_stitch(pipe, old, images, tmp_path / "work", depth=1, layer=1)
+    with pytest.raises(OSError, match="belongs to another run .*targets"):
+        run_stitch(pipe, new, images, tmp_path / "work", depth=1, layer=1)
 
 
 def test_state_of_another_run_is_refused(pipe, reward, images, tmp_path):
