@@ -119,7 +119,8 @@ class Training:
     def generator(self) -> train_generator.Generator:
         return train_generator.train_generator(
             self.latents["latents"], self.data["captions"], self.data["covers"], self.work / "generator.pt",
-            steps=self.scaled(train_generator.STEPS), seed=GENERATOR_SEED,
+            steps=self.scaled(train_generator.STEPS), hard_steps=self.scaled(train_generator.HARD_STEPS),
+            seed=GENERATOR_SEED,
         )  # fmt: skip
 
     def reward(self, seed: int):
@@ -228,7 +229,7 @@ Small models for demonstrations and tests. Licence: Apache-2.0, like the package
 {share}
 | folder | what | trained for |
 |---|---|---|
-| pipeline/ | StableDiffusion3Pipeline without T5 (call the stock class with `max_sequence_length=0`): AutoencoderKL, SD3Transformer2DModel, two CLIP text encoders | autoencoder {train_autoencoder.STEPS} steps, seed {AUTOENCODER_SEED}; transformer and text encoders {train_generator.STEPS} steps of {train_generator.BATCH}, seed {GENERATOR_SEED} |
+| pipeline/ | StableDiffusion3Pipeline without T5 (call the stock class with `max_sequence_length=0`): AutoencoderKL, SD3Transformer2DModel, two CLIP text encoders | autoencoder {train_autoencoder.STEPS} steps, seed {AUTOENCODER_SEED}; transformer and text encoders {train_generator.STEPS + train_generator.HARD_STEPS} steps of {train_generator.BATCH}, seed {GENERATOR_SEED} |
 | reward/ | open_clip CLIP, and a scalar head on its normalised embedding in `aesthetic_head.safetensors` | {train_reward.STEPS} steps of {train_reward.BATCH}, seed {REWARD_SEEDS[0]} |
 | held_out_reward/ | the same from another seed: nothing is guided by it or trained against it | {train_reward.STEPS} steps of {train_reward.BATCH}, seed {REWARD_SEEDS[1]} |
 | value/ | the target reward stitched onto the transformer (`stitchvm_ext.stitch`) | {train_value.CONFIG.epochs} epochs of {train_value.TRAINING_PICTURES} pictures |

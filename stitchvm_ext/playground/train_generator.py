@@ -4,6 +4,8 @@ Rectified flow (METHOD.md §1) on cached latents. Two things differ from a plain
 has little time to learn where things go: noise levels lean towards high noise, where the layout is decided, and a
 linear head on the fourth block's tokens predicts which colours and shapes cover each patch (the idea of REPA, arXiv
 2410.06940, with the drawing's own labels instead of a pretrained encoder). The head is dropped after training.
+A second, shorter phase restarts at a lower rate on the captions that stay hardest, several objects, and on the noise
+levels at which it is decided how many there are.
 
 The state is saved every ``SAVE_EVERY`` steps and a rerun goes on from there; batches depend on (seed, step, rank)
 alone, so an interrupted run ends with the same weights. Run it under ``torchrun --nproc_per_node N`` for N processes.
@@ -23,11 +25,12 @@ from tqdm import tqdm
 from . import models, world
 from .optim import Muon, step_seed
 
-STEPS = 7000
+STEPS, HARD_STEPS = 7000, 1300  # of the two phases
 BATCH = 64
-DECAY_SHARE = 0.4  # the learning rate falls linearly over this last share of the steps
+DECAY_SHARE = 0.4  # the learning rate falls linearly over this last share of the first phase
+HARD_RATE = 0.3  # where the second phase starts from, falling linearly to 0
 NULL_TEXT_SHARE = 0.1
-NOISE_MEAN, NOISE_STD = 0.6, 1.3  # logit(sigma) ~ N(mean, std²)
+NOISE_MEAN, HARD_NOISE_MEAN, NOISE_STD = 0.6, 1.0, 1.3  # logit(sigma) ~ N(mean, std²), in the two phases
 ALIGNED_BLOCK = 4
 ALIGNMENT_WEIGHT = 0.5
 SAVE_EVERY = 250
@@ -79,14 +82,22 @@ def patch_cover(objects: list[world.Shape], patch: int = 8) -> np.ndarray:
     return cover.reshape(grid * grid, COVER_CHANNELS).clip(0, 1)
 
 
-def _noise_levels(count: int, generator: torch.Generator) -> Tensor:
+def _noise_levels(count: int, mean: float, generator: torch.Generator) -> Tensor:
     """Logit-normal sigmas [B], one from each of ``count`` equal slices of probability."""
     uniform = ((torch.arange(count) + torch.rand(count, generator=generator)) / count).clamp(1e-4, 1 - 1e-4)
-    return torch.sigmoid(torch.special.ndtri(uniform) * NOISE_STD + NOISE_MEAN)
+    return torch.sigmoid(torch.special.ndtri(uniform) * NOISE_STD + mean)
 
 
-def _learning_rate(step: int, steps: int) -> float:
+def _learning_rate(step: int, steps: int, hard_steps: int) -> float:
+    if step >= steps:
+        return HARD_RATE * (1 - (step - steps) / hard_steps)
     return min(1.0, (step + 1) / 50) * min(1.0, (1 - step / steps) / DECAY_SHARE + 0.005)
+
+
+def _hard_pictures(captions: list[str]) -> list[Tensor]:
+    """Positions of the captions that count equal objects, and of those that join two different ones."""
+    counted = torch.tensor([k for k, c in enumerate(captions) if c.startswith(("two", "three"))])
+    return [counted, torch.tensor([k for k, c in enumerate(captions) if " and " in c])]
 
 
 def train_generator(
@@ -95,6 +106,7 @@ def train_generator(
     covers: Tensor,
     state_path: Path,
     steps: int = STEPS,
+    hard_steps: int = HARD_STEPS,
     seed: int = 0,
     stop_at: int | None = None,
 ) -> Generator:
@@ -123,7 +135,8 @@ def train_generator(
     tokenizer = models.build_tokenizer()
     ids, null_ids = models.tokenize(tokenizer, captions), models.tokenize(tokenizer, [""])[0]
     batch = BATCH // accelerator.num_processes
-    stop = min(steps, stop_at or steps)
+    counted, pairs = _hard_pictures(captions)
+    stop = min(steps + hard_steps, stop_at or steps + hard_steps)
 
     progress = tqdm(
         range(start, stop), initial=start, total=stop, desc="generator", mininterval=10,
@@ -132,9 +145,13 @@ def train_generator(
     for step in progress:
         rng = torch.Generator().manual_seed(step_seed(seed, step, accelerator.process_index))
         pick = torch.randint(len(latents), (batch,), generator=rng)
+        if step >= steps:  # half of the batch counts, a quarter joins
+            half, quarter = batch // 2, batch // 4
+            pick[:half] = counted[torch.randint(len(counted), (half,), generator=rng)]
+            pick[half : half + quarter] = pairs[torch.randint(len(pairs), (quarter,), generator=rng)]
         clean, text = latents[pick], ids[pick].clone()
         text[torch.rand(batch, generator=rng) < NULL_TEXT_SHARE] = null_ids
-        sigma = _noise_levels(batch, rng)
+        sigma = _noise_levels(batch, NOISE_MEAN if step < steps else HARD_NOISE_MEAN, rng)
         noise = torch.randn(clean.shape, generator=rng)
         mix = sigma.view(-1, 1, 1, 1)
         noisy = (1 - mix) * clean + mix * noise
@@ -144,7 +161,7 @@ def train_generator(
         loss = flow_loss + ALIGNMENT_WEIGHT * F.binary_cross_entropy_with_logits(cover, covers[pick].float().to(to))
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(_learning_rate(step, steps))
+        optimizer.step(_learning_rate(step, steps, hard_steps))
         with torch.no_grad():
             decay = min(0.998, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)

@@ -174,22 +174,22 @@ def test_interrupted_generator_training_ends_with_the_same_weights(tmp_path, mon
     pictures = world.dataset(8, seed=5)
     covers = torch.from_numpy(np.stack([train_generator.patch_cover(p.objects) for p in pictures]))
     arguments = (latents, [p.caption for p in pictures], covers)
-    whole = train_generator.train_generator(*arguments, tmp_path / "whole.pt", steps=4)
+    whole = train_generator.train_generator(*arguments, tmp_path / "whole.pt", steps=2, hard_steps=2)
 
     drawn, noise_levels = [], train_generator._noise_levels
 
-    def killed(count, generator):
+    def killed(count, mean, generator):
         drawn.append(count)
         if len(drawn) == 4:  # in the fourth step: what the third did was not saved
             raise KeyboardInterrupt
-        return noise_levels(count, generator)
+        return noise_levels(count, mean, generator)
 
     monkeypatch.setattr(train_generator, "_noise_levels", killed)
     with pytest.raises(KeyboardInterrupt):
-        train_generator.train_generator(*arguments, tmp_path / "killed.pt", steps=4)
+        train_generator.train_generator(*arguments, tmp_path / "killed.pt", steps=2, hard_steps=2)
     assert torch.load(tmp_path / "killed.pt", weights_only=True)["step"] == 2
     monkeypatch.setattr(train_generator, "_noise_levels", noise_levels)
-    resumed = train_generator.train_generator(*arguments, tmp_path / "killed.pt", steps=4)
+    resumed = train_generator.train_generator(*arguments, tmp_path / "killed.pt", steps=2, hard_steps=2)
     assert all(torch.equal(t, resumed.state_dict()[name]) for name, t in whole.state_dict().items())
     states = [torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "killed.pt")]
     assert all(torch.equal(t, states[1]["model"][name]) for name, t in states[0]["model"].items())
