@@ -29,10 +29,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--generators", nargs="+", required=True, metavar="NAME=STATE")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[CONFIG.epochs, 3 * CONFIG.epochs])
-    parser.add_argument("--prompts", type=int, default=36)
+    parser.add_argument("--epochs", type=int, nargs="+", default=[1, CONFIG.epochs])
+    parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 1.0, 2.0])
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 1.0])
     parser.add_argument("--schedule", default="constant")
     args = parser.parse_args()
 

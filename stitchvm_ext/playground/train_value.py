@@ -15,7 +15,7 @@ from ..value import FinetuneConfig, stitch
 from . import load_pipeline, load_reward
 
 PROBE_PICTURES = 200
-TRAINING_PICTURES = 25600
+TRAINING_PICTURES = 12800
 # The reward is small and trained for minutes, so it takes a far higher rate than METHOD.md's for large pretrained
 # towers.
 CONFIG = FinetuneConfig(
