@@ -1,6 +1,6 @@
 """Times the fused ops against eager PyTorch and torch.compile on this machine, and writes the ratios as JSON.
 
-    python benchmarks/ops.py --out benchmarks/results/ops.json
+    python benchmarks/ops.py
 
 Every case alternates between the implementations, so that noise from other work on the machine meets all of them;
 figures are medians with the 20th and 80th percentile. `speedup` is the other implementation's median over the kernel's.
@@ -9,15 +9,12 @@ figures are medians with the 20th and 80th percentile. `speedup` is the other im
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from harness import save
 from torch import Tensor
 
 from stitchvm_ext import ops
@@ -94,7 +91,6 @@ def alternate(calls: dict, seconds: float, device: str) -> dict[str, dict[str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ops.json"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts to time (CPU)")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
@@ -127,14 +123,10 @@ def main() -> None:
                         flush=True,
                     )
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    report = {"machine": platform.machine(), "device": args.device, "commit": commit, "info": ops.info(), "rows": rows}
-    for library in report["info"]["libraries"].values():
+    info = ops.info()
+    for library in info["libraries"].values():
         library.pop("path")  # the result is committed; a path of this machine means nothing elsewhere
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.replace(args.out)
+    print(f"wrote {save('ops' if args.device == 'cpu' else 'ops_cuda', {'info': info, 'rows': rows})}")
 
 
 if __name__ == "__main__":
