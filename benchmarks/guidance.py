@@ -28,8 +28,8 @@ CHUNK = 12
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep-prompts", type=int, default=36)
-    parser.add_argument("--prompts", type=int, default=96, help="of the comparison at the best settings")
+    parser.add_argument("--sweep-prompts", type=int, default=24)
+    parser.add_argument("--prompts", type=int, default=72, help="of the comparison at the best settings")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS)

@@ -12,7 +12,8 @@ WORDS = (
 PAD_ID, BOS_ID, EOS_ID = WORDS.index("<pad>"), WORDS.index("<bos>"), WORDS.index("<eos>")
 
 LATENT_CHANNELS, LATENT_SIZE = 4, 16
-SCHEDULER_SHIFT = 3.0  # of FlowMatchEulerDiscreteScheduler's sigmas, as SD3.5 has it; chosen on captions of another seed
+# Of FlowMatchEulerDiscreteScheduler's sigmas. SD3.5's own; chosen among 1, 2 and 3 on captions of another seed.
+SCHEDULER_SHIFT = 3.0
 TEXT_WIDTH = 96  # of each of the two text encoders; the transformer reads both side by side
 
 # open_clip's own configuration format, as in its model_configs/*.json
