@@ -1,6 +1,6 @@
 """How good the playground's models are: does the generator draw what a caption says, does the CLIP tell captions apart.
 
-    python -m stitchvm_ext.playground.evaluate --captions 144 --out pictures.png
+    python -m stitchvm_ext.playground.evaluate --out pictures.png
 
 Captions come from the held-out split, which no model was trained on.
 """
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m stitchvm_ext.playground.evaluate", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--captions", type=int, default=144, help="held-out captions to draw")
+    parser.add_argument("--captions", type=int, default=432, help="held-out captions to draw")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
