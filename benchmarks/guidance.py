@@ -19,7 +19,7 @@ from stitchvm_ext import TweedieValue
 from stitchvm_ext.playground import load_pipeline, load_reward, load_value
 from stitchvm_ext.playground.experiments import Method, compare_methods, held_out_prompts
 
-STRENGTHS = (0.1, 0.25, 0.5, 1.0, 2.0)
+STRENGTHS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 SCHEDULES = ("constant", "sigma", "alpha")
 CRITERIA = ("reward", "held_out_reward")
 COLUMNS = (*CRITERIA, "objects", "colors", "count", "seconds_per_image", "peak_bytes")

@@ -89,13 +89,13 @@ def save_grid(results: dict[str, MethodResult], prompts: list[str], path: Path) 
     columns = min(len(prompts), 12)
     figure = Figure(figsize=(1.25 * columns + 1.2, 1.25 * len(results) + 0.9), layout="constrained")
     axes = figure.subplots(len(results), columns, squeeze=False)
+    for ax, prompt in zip(axes[0], prompts, strict=False):
+        ax.set_title(prompt.replace(" and ", "\nand "), fontsize=6.5)
     for row, (name, result) in zip(axes, results.items(), strict=True):
-        for ax, image, prompt in zip(row, result.images, prompts, strict=False):
+        for ax, image in zip(row, result.images, strict=False):
             ax.imshow(_pixels(image))
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-            if row is axes[0]:
-                ax.set_title(prompt.replace(" and ", "\nand "), fontsize=6.5)
         row[0].set_ylabel(name, fontsize=9)
     figure.savefig(path, dpi=140)
 
