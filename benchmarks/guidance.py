@@ -66,20 +66,21 @@ def main() -> None:
     compared = run(pipe, methods, prompts[args.sweep_prompts :], rewards, "comparison", options)
     print(f"\nbest settings on {args.prompts} other prompts\n{table(compared)}")
 
-    plain = swept["unguided"]["seconds_per_image"]
+    seconds = {name: compared[best[name]["reward"]]["seconds_per_image"] for name in estimators}
+    plain = compared["unguided"]["seconds_per_image"]
     result = {
         "steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "sweep_prompts": args.sweep_prompts,
         "sweep": swept,
         "best": best,
-        "time_ratio_tweedie_over_stitched": ratio,
+        "time_ratio_tweedie_over_stitched": seconds["Tweedie"] / seconds["stitched"],
         "time_ratio_of_the_guidance_part": (seconds["Tweedie"] - plain) / (seconds["stitched"] - plain),
         "comparison_prompts": args.prompts,
         "comparison": compared,
     }
     print(
-        f"\nTweedie-DPS takes {ratio:.2f}x the time per image of StitchVM-DPS, "
+        f"\nTweedie-DPS takes {result['time_ratio_tweedie_over_stitched']:.2f}x the time per image of StitchVM-DPS, "
         f"{result['time_ratio_of_the_guidance_part']:.2f}x on what guidance adds; wrote {save('guidance', result)}"
     )
     plot(swept, args, RESULTS / "guidance.png")

@@ -14,8 +14,7 @@ from . import load_pipeline, load_reward, load_value
 from .experiments import Method, MethodResult, compare_methods, held_out, held_out_prompts, noise_level_accuracy
 
 GUIDANCE_SCALE = 3.0
-STITCHED_STRENGTH = 0.5
-TWEEDIE_STRENGTH = 0.5
+STRENGTH = 0.25  # where both methods draw best with a constant strength, by the sweep of benchmarks/guidance.py
 ACCURACY_SIGMAS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 
 
@@ -35,8 +34,8 @@ def run_demo(
     stitched, vae_only, tweedie = load_value(pipe), load_value(pipe, vae_only=True), TweedieValue(pipe, reward)
     methods = [
         Method("unguided", None),
-        Method("Tweedie-DPS", tweedie, {"strength": TWEEDIE_STRENGTH}),
-        Method("StitchVM-DPS", stitched, {"strength": STITCHED_STRENGTH}),
+        Method("Tweedie-DPS", tweedie, {"strength": STRENGTH}),
+        Method("StitchVM-DPS", stitched, {"strength": STRENGTH}),
     ]
     prompts = held_out_prompts(num_prompts)
     chunk = 6
