@@ -1,10 +1,11 @@
 """What closes the gap to Tweedie-DPS in the reward that Tweedie differentiates: a better base, or more stage-2 steps?
 
-    python benchmarks/gap.py --work playground-training --generators early=generator-2500.pt final=generator.pt
+    python benchmarks/gap.py --work playground-training --cells early=generator-2500.pt:3 short=generator.pt:1
 
-Needs the work folder of ``python -m stitchvm_ext.playground.train``, and copies of its ``generator.pt`` taken at
-different steps. For every generator and every length of stage 2 a value model is stitched anew, and StitchVM-DPS and
-Tweedie-DPS run over the same strengths, prompts and seeds. Writes results/gap.json.
+Needs the work folder of ``python -m stitchvm_ext.playground.train``, and copies of its ``generator.pt`` taken at other
+steps. For every cell, a generator and a number of stage-2 epochs, a value model is stitched anew, and StitchVM-DPS and
+Tweedie-DPS run over the prompts and seeds of guidance.py's sweep, whose figures are those of the shipped generator and
+its 3 epochs. Writes results/gap.json.
 """
 
 from __future__ import annotations
@@ -28,42 +29,34 @@ from stitchvm_ext.playground.train_value import CONFIG, PROBE_PICTURES, TRAINING
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--generators", nargs="+", required=True, metavar="NAME=STATE")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[1, CONFIG.epochs])
+    parser.add_argument("--cells", nargs="+", required=True, metavar="NAME=STATE:EPOCHS")
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 1.0])
-    parser.add_argument("--schedule", default="constant")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.25, 0.5])
     args = parser.parse_args()
 
     training = Training(args.work)
     images = training.data["images"][: PROBE_PICTURES + TRAINING_PICTURES].permute(0, 3, 1, 2)
     clips = [training.reward(seed) for seed in REWARD_SEEDS]
     cells = {}
-    for name, state in (spec.split("=", 1) for spec in args.generators):
-        step = torch.load(state, weights_only=True, map_location="cpu")["step"]
+    for name, cell in (spec.split("=", 1) for spec in args.cells):
+        state, epochs = cell.rsplit(":", 1)
         with tempfile.TemporaryDirectory() as scratch:
             weights = Path(scratch) / "weights"
             pack(training.autoencoder, generator_from_state(Path(state)), clips, weights)
             pipe, reward = load_pipeline(weights), load_reward(folder=weights)
             rewards = {"reward": reward, "held_out_reward": load_reward(held_out=True, folder=weights)}
-            values = {"Tweedie": TweedieValue(pipe, reward)}
-            for epochs in args.epochs:
-                work = Path(scratch) / f"value-{epochs}"
-                config = replace(CONFIG, epochs=epochs)
-                values[f"stitched, {epochs} epochs"] = stitch(pipe, reward, images, work_dir=work, config=config)
+            config = replace(CONFIG, epochs=int(epochs))
+            stitched = stitch(pipe, reward, images, work_dir=Path(scratch) / "value", config=config)
             methods = [Method("unguided", None)]
-            for label, value in values.items():
-                for strength in args.strengths:
-                    setting = {"strength": strength, "schedule": args.schedule}
-                    methods.append(Method(f"{label} {strength:g}", value, setting))
-            common = {"num_inference_steps": args.steps, "guidance_scale": 3.0}
-            cells[name] = {
-                "generator_steps": step,
-                "figures": run(pipe, methods, held_out_prompts(args.prompts), rewards, name, common),
-            }
-        print(f"\n{name}: generator after {step} steps\n{table(cells[name]['figures'])}", flush=True)
-    result = {"prompts": args.prompts, "steps": args.steps, "schedule": args.schedule, "generators": cells}
+            for label, value in (("stitched", stitched), ("Tweedie", TweedieValue(pipe, reward))):
+                methods += [Method(f"{label} constant {s:g}", value, {"strength": s}) for s in args.strengths]
+            options = {"num_inference_steps": args.steps, "guidance_scale": 3.0}
+            figures = run(pipe, methods, held_out_prompts(args.prompts), rewards, name, options)
+        step = torch.load(state, weights_only=True, map_location="cpu")["step"]
+        cells[name] = {"generator_steps": step, "stage_2_epochs": int(epochs), "figures": figures}
+        print(f"\n{name}: generator after {step} steps, {epochs} epochs\n{table(figures)}", flush=True)
+    result = {"prompts": args.prompts, "steps": args.steps, "cells": cells}
     print(f"wrote {save('gap', result)}")
 
 
