@@ -67,12 +67,13 @@ def run_demo(
 
 def table(figures: dict[str, dict[str, float]]) -> str:
     """The methods side by side."""
-    head = f"{'':<14}{'reward':>9}{'held-out':>10}{'objects':>9}{'colours':>9}{'count':>7}{'s/image':>9}{'peak MB':>9}"
+    columns = {"reward": 9, "held-out": 10, "objects": 9, "colours": 9, "count": 7, "s/image": 9, "peak MiB": 10}
+    head = " " * 14 + "".join(f"{name:>{width}}" for name, width in columns.items())
     lines = [head, "-" * len(head)]
     for name, f in figures.items():
         lines.append(
             f"{name:<14}{f['reward']:>9.3f}{f['held_out_reward']:>10.3f}{f['objects']:>9.2f}{f['colors']:>9.2f}{f['count']:>7.2f}"
-            f"{f['seconds_per_image']:>9.2f}{f['peak_bytes'] / 2**20:>9.0f}"
+            f"{f['seconds_per_image']:>9.2f}{f['peak_bytes'] / 2**20:>10.0f}"
         )
     lines.append("reward: CLIP similarity, which guidance follows; held-out: another CLIP's, which it never sees;")
     lines.append(

@@ -2,7 +2,7 @@
 
     python -m stitchvm_ext.playground.train --out stitchvm_ext/playground/weights
 
-Hours on two CPU cores, minutes with CUDA. Every stage leaves its result in the work folder, and a rerun goes on with
+About two hours on two CPU cores. Every stage leaves its result in the work folder, and a rerun goes on with
 the first stage that is missing (the generator with the last saved step). ``--steps-scale 0.01`` is a smoke test: a
 hundredth of the pictures and of the steps. The generator stage alone can use several processes, once the stages before
 it are done: ``torchrun --nproc_per_node N -m stitchvm_ext.playground.train --out DIR --work DIR --stage generator``.
