@@ -1,23 +1,24 @@
 """What closes the gap to Tweedie-DPS in the reward that Tweedie differentiates: a better base, or more stage-2 steps?
 
-    python benchmarks/gap.py --work playground-training --cells early=generator-2500.pt:3 short=generator.pt:1
+    python benchmarks/gap.py --work playground-training --cells early=generator-2500.pt:1 short=generator.pt:1
 
 Needs the work folder of ``python -m stitchvm_ext.playground.train``, and copies of its ``generator.pt`` taken at other
 steps. For every cell, a generator and a number of stage-2 epochs, a value model is stitched anew, and StitchVM-DPS and
 Tweedie-DPS run over the prompts and seeds of guidance.py's sweep, whose figures are those of the shipped generator and
-its 3 epochs. Writes results/gap.json.
+its 3 epochs. The cells are added to those in results/gap.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from guidance import run, table
-from harness import save
+from harness import RESULTS, save
 
 from stitchvm_ext import TweedieValue, stitch
 from stitchvm_ext.playground import load_pipeline, load_reward
@@ -38,7 +39,8 @@ def main() -> None:
     training = Training(args.work)
     images = training.data["images"][: PROBE_PICTURES + TRAINING_PICTURES].permute(0, 3, 1, 2)
     clips = [training.reward(seed) for seed in REWARD_SEEDS]
-    cells = {}
+    path = RESULTS / "gap.json"
+    cells = json.loads(path.read_text())["cells"] if path.is_file() else {}
     for name, cell in (spec.split("=", 1) for spec in args.cells):
         state, epochs = cell.rsplit(":", 1)
         with tempfile.TemporaryDirectory() as scratch:
