@@ -3,6 +3,7 @@ import torch
 
 from stitchvm_ext.backbones import Condition, backbone_of, expand_rows
 from stitchvm_ext.backbones.base import blocks_of
+from stitchvm_ext.playground import models
 from tests import tiny
 
 
@@ -104,7 +105,7 @@ def test_fingerprint_tells_another_training_from_a_rounded_copy(backbone):
 def test_real_format_with_t5_encodes_text():
     pipe = tiny.tiny_pipeline(t5=True)
     encoding = backbone_of(pipe).encode_text(pipe, ["a red circle"], max_sequence_length=8)
-    assert encoding["prompt_embeds"].shape == (1, 16 + 8, 64)
+    assert encoding["prompt_embeds"].shape == (1, models.MAX_TOKENS + 8, 64)
 
 
 @pytest.mark.parametrize(
