@@ -143,7 +143,9 @@ def test_text_embeddings_made_under_inference_mode_can_be_differentiated_against
     reward, _ = tiny_reward()
     with torch.inference_mode():
         reward.encode_condition(PROMPTS)
-    reward(images().requires_grad_(), PROMPTS).sum().backward()
+    pixels = images().requires_grad_()
+    reward(pixels, PROMPTS).sum().backward()
+    assert pixels.grad.isfinite().all() and (pixels.grad.flatten(1).norm(dim=1) > 0).all()
 
 
 # --------------------------------------------------------------------------------------------------------------- suffix
