@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -139,11 +141,11 @@ def finetune(
     )
     base_rates = [group["lr"] for group in optimizer.param_groups]
     run = {
-        "config": asdict(config),
-        "targets": targets.digest,
-        "backbone": value.backbone.fingerprint(value.depth),
+        **asdict(config),
         "depth": value.depth,
         "layer": value.layer,
+        "targets": targets.digest,
+        "backbone": hashlib.sha256(json.dumps(value.backbone.fingerprint(value.depth)).encode()).hexdigest(),
     }
     start, history = _load_state(state_path, value, optimizer, run)
     stop = min(total, stop_at or total)
@@ -201,18 +203,9 @@ def _load_state(
     if path is None or not Path(path).is_file():
         return 0, {}
     state = torch.load(path, weights_only=True, map_location=value.backbone.device)
-    if state["run"] != run:
-        raise OSError(
-            f"state_path: {path} belongs to another run ({_differences(run, state['run'])}); remove it to start anew"
-        )
+    other = [f"{n}: expected {run[n]}, got {state['run'].get(n)}" for n in run if run[n] != state["run"].get(n)]
+    if other:
+        raise OSError(f"state_path: {path} belongs to another run ({'; '.join(other)}); remove it to start anew")
     value.load_state_dict(state["value"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["history"]
-
-
-def _differences(expected: dict, got: dict) -> str:
-    return "; ".join(
-        f"{name}: expected {expected[name]}, got {got.get(name)}"
-        for name in expected
-        if expected[name] != got.get(name)
-    )
