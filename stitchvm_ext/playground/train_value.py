@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..value import FinetuneConfig, stitch
@@ -56,4 +55,6 @@ def train_value(weights: Path, work: Path, images: Tensor, vae_only: bool = Fals
         config=replace(config, batch_size=min(config.batch_size, count - probe_images)),
     )
     value.suffix.reference = {"name": "../reward", "pretrained": None}  # wherever the folder lies
-    value.to(torch.float16).save_pretrained(weights / name)
+    value.stitch.half()
+    value.suffix.half()  # but not the null text, which is to equal the pipeline's own encoding exactly
+    value.save_pretrained(weights / name)

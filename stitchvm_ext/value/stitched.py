@@ -221,4 +221,6 @@ class StitchedValue(nn.Module, ValueEstimator):
             value.load_state_dict(state)
         except RuntimeError as error:
             raise OSError(f"folder: the weights in {folder} do not fit its config.json: {error}") from error
-        return value.to(backbone.device, dtype).eval().requires_grad_(False)
+        for part in (value.stitch, value.suffix):  # the null text keeps its dtype: rounded, it would be another text
+            part.to(dtype)
+        return value.to(backbone.device).eval().requires_grad_(False)

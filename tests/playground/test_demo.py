@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from PIL import Image
 
-from stitchvm_ext import TweedieValue
+from stitchvm_ext import TweedieValue, ValueEstimator
 from stitchvm_ext.playground import experiments, load_pipeline, load_reward, load_value
 from stitchvm_ext.playground.demo import run_demo
+from stitchvm_ext.sampling.guided_sample import encode_condition
 
 METHODS = ["unguided", "Tweedie-DPS", "StitchVM-DPS"]
 
@@ -34,6 +36,28 @@ def test_stitched_value_reads_noisy_latents_better_than_the_vae_only_stitch(pipe
         assert ours["cosine"] > theirs["cosine"] and ours["r_at_1"] > theirs["r_at_1"]
     clean = experiments.retrieval_at_1(data.embeddings, data.texts, data.captions)
     assert stitched[0]["r_at_1"] > 0.8 * clean and stitched[0]["spearman"] > 0.9
+
+
+def test_null_text_is_the_pipelines_own(pipe):
+    for vae_only in (False, True):
+        value = load_value(pipe, vae_only=vae_only)
+        expected = value.backbone.null_condition(pipe, **value.text_options)
+        assert all(torch.equal(value.null_condition[name], row) for name, row in expected.items())
+
+
+def test_shared_prefix_is_exact_in_float64():
+    pipe = load_pipeline()
+    value = load_value(pipe)
+    pipe.transformer.double()
+    value.double()
+    condition = encode_condition(pipe, value.backbone, ["a red circle", "two blue rings"], [""] * 2, 3.0, {})
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert value.can_share(condition)
+    shared = value.denoise_with_value(latents, 0.5, condition)
+    separate = ValueEstimator.denoise_with_value(value, latents, 0.5, condition)
+    torch.testing.assert_close(shared[0], separate[0], rtol=1e-10, atol=1e-10)
+    for ours, theirs in zip(shared[1:], separate[1:], strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_guidance_raises_the_reward_that_it_follows(pipe, reward):

@@ -162,6 +162,14 @@ def test_folder_round_trip(make_value, pipe, latents, condition, tmp_path, depth
     assert not list((tmp_path / "value").glob("*.partial"))
 
 
+def test_a_value_in_half_precision_keeps_the_null_text(make_value, pipe, tmp_path):
+    value = make_value()
+    value.save_pretrained(tmp_path)
+    half = StitchedValue.from_pretrained(tmp_path, pipe, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(half.null_condition[name], row) for name, row in value.null_condition.items())
+
+
 def test_loading_onto_another_backbone_is_refused(make_value, tmp_path):
     make_value().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="other backbone weights"):
