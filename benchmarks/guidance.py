@@ -52,10 +52,7 @@ def main() -> None:
     print(f"\nsweep over {args.sweep_prompts} prompts\n{table(swept)}", flush=True)
 
     by_name = {m.name: m for m in methods}
-    best = {
-        name: {c: max((m for m in swept if m.startswith(name)), key=lambda m: swept[m][c]) for c in CRITERIA}  # noqa: B023
-        for name in estimators
-    }
+    best = {name: {c: best_setting(swept, name, c) for c in CRITERIA} for name in estimators}
     chosen = {by_name[m].name: by_name[m] for settings in best.values() for m in settings.values()}
     seconds = {name: swept[best[name]["reward"]]["seconds_per_image"] for name in estimators}
     ratio = seconds["Tweedie"] / seconds["stitched"]
@@ -84,6 +81,11 @@ def main() -> None:
         f"{result['time_ratio_of_the_guidance_part']:.2f}x on what guidance adds; wrote {save('guidance', result)}"
     )
     plot(swept, args, RESULTS / "guidance.png")
+
+
+def best_setting(figures: dict[str, dict[str, float]], estimator: str, criterion: str) -> str:
+    """The estimator's method with the highest figure."""
+    return max((name for name in figures if name.startswith(estimator)), key=lambda name: figures[name][criterion])
 
 
 def run(pipe, methods, prompts, rewards, label: str, options: dict) -> dict[str, dict[str, float]]:

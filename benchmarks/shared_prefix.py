@@ -82,7 +82,7 @@ def main() -> None:
         print(f"{name:>9}: {evaluations:6.2f} transformer passes and {median:.3f} s per image")
     step, end = result["largest_relative_difference_of_one_step"], result["largest_difference_after_all_steps"]
     print("one step, shared against separate: " + ", ".join(f"{n} within {d:.1e}" for n, d in step.items()))
-    print(f"after {args.steps} steps, in which rounding grows: images within {end['images']:.1e}")
+    print(f"after {args.steps} steps: images within {end['images']:.1e}, values within {end['values']:.1e}")
     print(f"wrote {save('shared_prefix', result)}")
 
 

@@ -14,7 +14,7 @@ from . import load_pipeline, load_reward, load_value
 from .experiments import Method, MethodResult, compare_methods, held_out, held_out_prompts, noise_level_accuracy
 
 GUIDANCE_SCALE = 3.0
-STRENGTH = 0.25  # where both methods draw best with a constant strength, by the sweep of benchmarks/guidance.py
+STRENGTH = 0.25  # near both methods' best constant strength in the sweep of benchmarks/guidance.py
 ACCURACY_SIGMAS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 
 

@@ -1,4 +1,5 @@
-"""How good the playground's models are: does the generator draw what a caption says, does the CLIP tell captions apart.
+"""How good the playground's models are: does the generator draw what a caption says, does the autoencoder keep it, does
+the CLIP tell captions apart.
 
     python -m stitchvm_ext.playground.evaluate --out pictures.png
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import load_pipeline, load_reward, world
+from .train_autoencoder import reconstruction_quality
 
 CAPTION_SEED = 3  # neither the training nor the validation pictures' seed
 REWARD_PICTURES = 1000
@@ -136,6 +138,8 @@ def main(argv: list[str] | None = None) -> None:
     for kind, row in checker_accuracy(images, captions).items():
         print(f"{kind:>10} {row['pictures']:8d} {row['objects']:8.3f} {row['colors']:8.3f} {row['count']:8.3f}")
     pictures = world.dataset(REWARD_PICTURES, CAPTION_SEED, held_out=True)
+    found = reconstruction_quality(pipe.vae.cpu(), pictures)
+    print(f"autoencoder: {found['psnr']:.1f} dB, objects right in {found['objects']:.3f} of the reconstructions")
     for held_out in (False, True):
         rewards = [load_reward(kind, held_out, options.weights) for kind in ("clip", "aesthetic")]
         found = reward_accuracy(*rewards, pictures)
