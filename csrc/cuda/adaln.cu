@@ -18,7 +18,7 @@ void adaln_cuda_out(const Tensor& x_in, const Tensor& scale_in, const Tensor& sh
   check_out("adaln", x_in, y);
   if (y.numel() == 0) return;
   check_grid("adaln", x_in.size(0) * x_in.size(1));
-  const torch::stable::accelerator::DeviceGuard guard(x_in.get_device_index());
+  const DeviceGuard guard(x_in.get_device_index());
   const Tensor x = torch::stable::contiguous(x_in);
   const Tensor scale = with_contiguous_rows(scale_in);
   const Tensor shift = with_contiguous_rows(shift_in);
@@ -28,10 +28,9 @@ void adaln_cuda_out(const Tensor& x_in, const Tensor& scale_in, const Tensor& sh
     dispatch_vector_width<T>({p.x, p.scale, p.shift, p.y}, {p.channels, p.scale_stride, p.shift_stride}, [&](auto vec) {
       constexpr int kVec = decltype(vec)::value;
       const int threads = adaln_threads(p.channels, kVec);
-      adaln_forward<T, kVec><<<static_cast<unsigned>(p.rows), threads, 0, current_stream(x)>>>(p);
+      launch(adaln_forward<T, kVec>, dim3(static_cast<unsigned>(p.rows)), dim3(threads), x, p);
     });
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 Tensor adaln_cuda(const Tensor& x, const Tensor& scale, const Tensor& shift, double eps) {
@@ -47,7 +46,7 @@ void adaln_input_grad_cuda_out(const Tensor& grad_in, const Tensor& x_in, const 
   check_out("adaln_input_grad", x_in, grad_x);
   if (grad_x.numel() == 0) return;
   check_grid("adaln_input_grad", x_in.size(0) * x_in.size(1));
-  const torch::stable::accelerator::DeviceGuard guard(x_in.get_device_index());
+  const DeviceGuard guard(x_in.get_device_index());
   const Tensor grad = torch::stable::contiguous(grad_in);
   const Tensor x = torch::stable::contiguous(x_in);
   const Tensor scale = with_contiguous_rows(scale_in);
@@ -57,10 +56,9 @@ void adaln_input_grad_cuda_out(const Tensor& grad_in, const Tensor& x_in, const 
     dispatch_vector_width<T>({p.grad, p.x, p.scale, p.grad_x}, {p.channels, p.scale_stride}, [&](auto vec) {
       constexpr int kVec = decltype(vec)::value;
       const int threads = adaln_threads(p.channels, kVec);
-      adaln_backward<T, kVec><<<static_cast<unsigned>(p.rows), threads, 0, current_stream(x)>>>(p);
+      launch(adaln_backward<T, kVec>, dim3(static_cast<unsigned>(p.rows)), dim3(threads), x, p);
     });
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 Tensor adaln_input_grad_cuda(const Tensor& grad, const Tensor& x, const Tensor& scale, double eps) {
@@ -72,7 +70,7 @@ Tensor adaln_input_grad_cuda(const Tensor& grad, const Tensor& x, const Tensor& 
 }  // namespace
 }  // namespace stitchvm
 
-STABLE_TORCH_LIBRARY_IMPL(stitchvm, CUDA, m) {
+STITCHVM_DEVICE_IMPL(m) {
   m.impl("adaln", TORCH_BOX(&stitchvm::adaln_cuda));
   m.impl("adaln.out", TORCH_BOX(&stitchvm::adaln_cuda_out));
   m.impl("adaln_input_grad", TORCH_BOX(&stitchvm::adaln_input_grad_cuda));

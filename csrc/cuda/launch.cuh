@@ -50,6 +50,19 @@ void dispatch_vector_width(std::initializer_list<const void*> pointers, std::ini
   }
 }
 
+// Launches a kernel that takes one params struct, on the current stream of t's device. Every launch goes through here,
+// so that the emulator can stand in for it.
+template <class Kernel, class Params>
+void launch(Kernel kernel, dim3 grid, dim3 block, const torch::stable::Tensor& t, const Params& params) {
+  kernel<<<grid, block, 0, current_stream(t)>>>(params);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+using DeviceGuard = torch::stable::accelerator::DeviceGuard;
+
+// Where the kernels of cuda/*.cu are registered.
+#define STITCHVM_DEVICE_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(stitchvm, CUDA, m)
+
 inline void check_grid(const char* op, int64_t blocks) {
   STD_TORCH_CHECK(blocks <= INT32_MAX, op, ": too many rows for one launch: ", blocks);
 }

@@ -24,18 +24,17 @@ TokenLaunch token_launch(const char* op, int64_t tokens, int64_t channels, int v
 void resample_tokens_cuda_out(const Tensor& x_in, int64_t h, int64_t w, int64_t out_h, int64_t out_w, const Tensor& y) {
   check_resample("resample_tokens", x_in, h, w, y, out_h, out_w);
   if (y.numel() == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(x_in.get_device_index());
+  const DeviceGuard guard(x_in.get_device_index());
   const Tensor x = torch::stable::contiguous(x_in);
   dispatch_cuda_dtype("resample_tokens", x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const ResampleParams<T> p = resample_params<T>(x, y, h, w, out_h, out_w);
     dispatch_vector_width<T>({p.src, p.dst}, {p.channels}, [&](auto vec) {
       constexpr int kVec = decltype(vec)::value;
-      const TokenLaunch launch = token_launch("resample_tokens", p.batch * out_h * out_w, p.channels, kVec);
-      resample_forward<T, kVec><<<launch.grid, launch.block, 0, current_stream(x)>>>(p);
+      const TokenLaunch shape = token_launch("resample_tokens", p.batch * out_h * out_w, p.channels, kVec);
+      launch(resample_forward<T, kVec>, shape.grid, shape.block, x, p);
     });
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 Tensor resample_tokens_cuda(const Tensor& x, int64_t h, int64_t w, int64_t out_h, int64_t out_w) {
@@ -48,18 +47,17 @@ void resample_tokens_input_grad_cuda_out(const Tensor& grad_in, int64_t h, int64
                                          const Tensor& grad_x) {
   check_resample("resample_tokens_input_grad", grad_in, out_h, out_w, grad_x, h, w);
   if (grad_x.numel() == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(grad_in.get_device_index());
+  const DeviceGuard guard(grad_in.get_device_index());
   const Tensor grad = torch::stable::contiguous(grad_in);
   dispatch_cuda_dtype("resample_tokens_input_grad", grad.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const ResampleParams<T> p = resample_params<T>(grad, grad_x, h, w, out_h, out_w);
     dispatch_vector_width<T>({p.src, p.dst}, {p.channels}, [&](auto vec) {
       constexpr int kVec = decltype(vec)::value;
-      const TokenLaunch launch = token_launch("resample_tokens_input_grad", p.batch * h * w, p.channels, kVec);
-      resample_backward<T, kVec><<<launch.grid, launch.block, 0, current_stream(grad)>>>(p);
+      const TokenLaunch shape = token_launch("resample_tokens_input_grad", p.batch * h * w, p.channels, kVec);
+      launch(resample_backward<T, kVec>, shape.grid, shape.block, grad, p);
     });
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 Tensor resample_tokens_input_grad_cuda(const Tensor& grad, int64_t h, int64_t w, int64_t out_h, int64_t out_w) {
@@ -71,7 +69,7 @@ Tensor resample_tokens_input_grad_cuda(const Tensor& grad, int64_t h, int64_t w,
 }  // namespace
 }  // namespace stitchvm
 
-STABLE_TORCH_LIBRARY_IMPL(stitchvm, CUDA, m) {
+STITCHVM_DEVICE_IMPL(m) {
   m.impl("resample_tokens", TORCH_BOX(&stitchvm::resample_tokens_cuda));
   m.impl("resample_tokens.out", TORCH_BOX(&stitchvm::resample_tokens_cuda_out));
   m.impl("resample_tokens_input_grad", TORCH_BOX(&stitchvm::resample_tokens_input_grad_cuda));

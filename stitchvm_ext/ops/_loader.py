@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "cuda")
+NAMESPACE = "stitchvm"
+EMULATED = "stitchvm_emulated"
 ADVICE = "run `pip install .` in the source folder to build it"
 
 
@@ -68,6 +70,11 @@ C, library_c = _load_c()
 BUILD: dict[str, str] | None = C.build_info() if C is not None else None
 library_cuda = _load_cuda(BUILD)
 HAS_OPS = C is not None  # torch.ops.stitchvm exists
+
+
+def op(name: str, backend: str) -> Any:
+    """The compiled op of a chosen backend. The emulator (csrc/emulator) has a namespace of its own."""
+    return getattr(getattr(torch.ops, EMULATED if backend == "emulated" else NAMESPACE), name)
 
 
 def dtype_names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -52,7 +52,7 @@ def adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, *, backend
         chosen = "reference"
     if chosen == "reference":
         return reference.adaln(x, scale, shift, eps)
-    return torch.ops.stitchvm.adaln(x, scale, shift, float(eps))
+    return _loader.op("adaln", chosen)(x, scale, shift, float(eps))
 
 
 def _check(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
@@ -70,15 +70,15 @@ def _check(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
         raise ValueError(f"adaln: eps: expected a finite number >= 0, got {eps}")
 
 
-def _register() -> None:
-    """Fake kernels (shapes only) and autograd for the compiled ops."""
-    input_grad = torch.ops.stitchvm.adaln_input_grad
+def register(namespace: str) -> None:
+    """Fake kernels (shapes only) and autograd for the compiled ops of a namespace."""
+    input_grad = getattr(torch.ops, namespace).adaln_input_grad
 
-    @torch.library.register_fake("stitchvm::adaln")
+    @torch.library.register_fake(f"{namespace}::adaln")
     def _(x, scale, shift, eps):
         return x.new_empty(x.shape)
 
-    @torch.library.register_fake("stitchvm::adaln_input_grad")
+    @torch.library.register_fake(f"{namespace}::adaln_input_grad")
     def _(grad, x, scale, eps):
         return x.new_empty(x.shape)
 
@@ -92,13 +92,13 @@ def _register() -> None:
         x, scale = ctx.saved_tensors
         return input_grad(grad, x, scale, ctx.eps), None, None, None
 
-    torch.library.register_autograd("stitchvm::adaln", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"{namespace}::adaln", backward, setup_context=setup_context)
 
     def no_second_derivative(ctx, grad):
         raise RuntimeError(SECOND_DERIVATIVE.format(op="adaln"))
 
-    torch.library.register_autograd("stitchvm::adaln_input_grad", no_second_derivative)
+    torch.library.register_autograd(f"{namespace}::adaln_input_grad", no_second_derivative)
 
 
 if _loader.HAS_OPS:
-    _register()
+    register(_loader.NAMESPACE)

@@ -44,20 +44,21 @@ def resample_tokens(
     out_h, out_w = check_grid("resample_tokens", "out_grid", out_grid)
     if x.shape[1] != h * w:
         raise ValueError(f"resample_tokens: x: expected [B, {h} * {w} = {h * w}, C] for the grid, got {shape_of(x)}")
-    if _loader.choose_backend("resample_tokens", x, backend, KERNELS) == "reference":
+    chosen = _loader.choose_backend("resample_tokens", x, backend, KERNELS)
+    if chosen == "reference":
         return reference.resample_tokens(x, (h, w), (out_h, out_w))
-    return torch.ops.stitchvm.resample_tokens(x, h, w, out_h, out_w)
+    return _loader.op("resample_tokens", chosen)(x, h, w, out_h, out_w)
 
 
-def _register() -> None:
-    """Fake kernels (shapes only) and autograd for the compiled ops."""
-    input_grad = torch.ops.stitchvm.resample_tokens_input_grad
+def register(namespace: str) -> None:
+    """Fake kernels (shapes only) and autograd for the compiled ops of a namespace."""
+    input_grad = getattr(torch.ops, namespace).resample_tokens_input_grad
 
-    @torch.library.register_fake("stitchvm::resample_tokens")
+    @torch.library.register_fake(f"{namespace}::resample_tokens")
     def _(x, h, w, out_h, out_w):
         return x.new_empty(x.shape[0], out_h * out_w, x.shape[2])
 
-    @torch.library.register_fake("stitchvm::resample_tokens_input_grad")
+    @torch.library.register_fake(f"{namespace}::resample_tokens_input_grad")
     def _(grad, h, w, out_h, out_w):
         return grad.new_empty(grad.shape[0], h * w, grad.shape[2])
 
@@ -67,13 +68,13 @@ def _register() -> None:
     def backward(ctx, grad):
         return input_grad(grad, *ctx.sides), None, None, None, None
 
-    torch.library.register_autograd("stitchvm::resample_tokens", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"{namespace}::resample_tokens", backward, setup_context=setup_context)
 
     def no_second_derivative(ctx, grad):
         raise RuntimeError(SECOND_DERIVATIVE.format(op="resample_tokens"))
 
-    torch.library.register_autograd("stitchvm::resample_tokens_input_grad", no_second_derivative)
+    torch.library.register_autograd(f"{namespace}::resample_tokens_input_grad", no_second_derivative)
 
 
 if _loader.HAS_OPS:
-    _register()
+    register(_loader.NAMESPACE)
