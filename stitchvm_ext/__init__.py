@@ -18,10 +18,13 @@ _HOME = {
     "ValueEstimator": "value",
     "apply_value_guidance": "sampling",
     "backbone_of": "backbones",
+    "fuse": "fused.fuse",
     "guided_sample": "sampling",
+    "precompute_conditioning": "backbones",
     "remove_value_guidance": "sampling",
     "search_stitch": "value",
     "stitch": "value",
+    "unfuse": "fused.fuse",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .base import DiffusionBackbone
 from .condition import Condition, Encoding, expand_rows, is_same_encoding
+from .conditioning import ConditioningTable, precompute_conditioning
 from .sd3 import SD3Backbone
 
 REGISTRY: dict[str, type[DiffusionBackbone]] = {"SD3Transformer2DModel": SD3Backbone}
@@ -28,6 +29,7 @@ def backbone_of(pipe_or_transformer) -> DiffusionBackbone:
 
 __all__ = [
     "Condition",
+    "ConditioningTable",
     "DiffusionBackbone",
     "Encoding",
     "REGISTRY",
@@ -35,4 +37,5 @@ __all__ = [
     "backbone_of",
     "expand_rows",
     "is_same_encoding",
+    "precompute_conditioning",
 ]

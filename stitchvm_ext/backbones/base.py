@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..fused.function import Want
+from ..fused.joint_block import fused_blocks
 from .condition import Condition, Encoding
 
 # The names under which diffusers' transformers keep their blocks, in the order in which they run.
@@ -180,13 +182,37 @@ class DiffusionBackbone:
             self._shells[depth] = truncate(self.transformer, depth)
         return self._shells[depth]
 
-    def features(self, latents: Tensor, sigma: float | Tensor, encoding: Encoding, depth: int) -> Tensor:
-        """Image tokens [B, N, width] after block ``depth``: ``u_{<=i}(z_t, t)`` of METHOD.md §2."""
+    def features(
+        self,
+        latents: Tensor,
+        sigma: float | Tensor,
+        encoding: Encoding,
+        depth: int,
+        *,
+        rows: Tensor | None = None,
+        memory: str = "save",
+    ) -> Tensor:
+        """Image tokens [B, N, width] after block ``depth``: ``u_{<=i}(z_t, t)`` of METHOD.md §2.
+
+        The transformer is taken as frozen: the tokens are differentiable with respect to the latents alone. Blocks that
+        the fused ops know run on them.
+
+        Args:
+            rows: int64 [R], the tokens that the caller reads; what the others hold is not defined. The last block then
+                computes no others, forward and backward, and no text stream.
+            memory: what fused blocks keep for the backward, "save" or "recompute".
+        """
         sigma = self.check_latents(latents, sigma)
         shell = self.truncated(depth)
-        shell(**self.inputs(latents, sigma, encoding), return_dict=False)
+        with frozen(self.transformer), fused_blocks(*self._prefix(depth, rows, memory, prune=True)):
+            shell(**self.inputs(latents, sigma, encoding), return_dict=False)
         tokens, shell.norm_out.tokens = shell.norm_out.tokens, None
         return tokens
+
+    def _prefix(self, depth: int, rows: Tensor | None, memory: str, prune: bool) -> tuple[list[nn.Module], list[Want]]:
+        """The first ``depth`` blocks and what each has to yield."""
+        wants = [Want(memory=memory)] * (depth - 1) + [Want(rows, prune, memory)]
+        return blocks_of(self.transformer)[:depth], wants
 
     def all_features(self, latents: Tensor, sigma: float | Tensor, encoding: Encoding) -> list[Tensor]:
         """Image tokens after every block, from one forward pass."""
@@ -217,12 +243,20 @@ class DiffusionBackbone:
         return uncond + condition.guidance_scale * (cond - uncond)
 
     def velocity_and_features(
-        self, latents: Tensor, sigma: float | Tensor, encoding: Encoding, depth: int
+        self,
+        latents: Tensor,
+        sigma: float | Tensor,
+        encoding: Encoding,
+        depth: int,
+        *,
+        rows: Tensor | None = None,
+        memory: str = "save",
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One full forward pass that also yields differentiable features: the shared prefix.
 
         The first ``depth`` blocks run with autograd on, the rest without, so the pass costs what a plain one costs and
-        keeps the activations of the prefix alone.
+        keeps the activations of the prefix alone. ``rows`` and ``memory`` as for :meth:`features`; the forward is
+        whole, the backward of the last block looks at ``rows`` only.
 
         Returns:
             velocity like ``latents`` (detached); tokens [B, N, width] after block ``depth``; the leaf that they are
@@ -243,8 +277,9 @@ class DiffusionBackbone:
         with torch.inference_mode(False):
             leaf = latents.detach().clone().requires_grad_()
         handle = blocks_of(self.transformer)[depth - 1].register_forward_hook(cut)
+        prefix = fused_blocks(*self._prefix(depth, rows, memory, prune=False))
         try:
-            with torch.inference_mode(False), torch.enable_grad():
+            with frozen(self.transformer), torch.inference_mode(False), torch.enable_grad(), prefix:
                 velocity = self.transformer(**self.inputs(leaf, sigma, encoding), return_dict=False)[0]
         finally:
             handle.remove()

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..fused.vit_block import is_vit_block, vit_block
+
 
 @dataclass
 class RewardOutput:
@@ -157,15 +159,18 @@ class RewardModel(nn.Module):
                 found[layer] = tokens
         return found
 
-    def forward_from(self, tokens: Tensor, layer: int) -> RewardOutput:
+    def forward_from(self, tokens: Tensor, layer: int, memory: str = "save") -> RewardOutput:
         """The suffix r_{>=j}. ``tokens``: patch embeddings [B, N, C] for j = 1, tokens with prefix [B, P+N, C] for j >
         1.
+
+        Frozen blocks that the fused ops know run on them; ``memory``, "save" or "recompute", is what these keep for the
+        backward.
         """
         self.check_layer(layer)
         if layer == 1:
             tokens = self.enter(tokens)
         for block in self.blocks[layer - 1 :]:
-            tokens = block(tokens)
+            tokens = vit_block(block, tokens, memory) if is_vit_block(block, tokens) else block(tokens)
         return self.finish(tokens)
 
     def output(self, images: Tensor) -> RewardOutput:

@@ -1,0 +1,105 @@
+"""Modulation tables: every AdaLN vector of a noise schedule, computed once before sampling.
+
+All samples of a step share the noise level, and what AdaLN layers read besides is the pooled text embedding alone. So
+their output is a table over (noise level, text), and their weights, a third of SD3.5's, need not be on the device while
+sampling (METHOD.md §5).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..fused.modulation import RowLookup, TableLinear
+from .base import DiffusionBackbone, blocks_of
+
+
+def precompute_conditioning(pipe, sigmas, pooled_prompt_embeds: Tensor, *, release: bool = False) -> ConditioningTable:
+    """Compute all modulation vectors of a schedule and let the transformer read them from the table.
+
+    Denoiser and value model share the table, since they share the transformer's modules. Until :meth:`remove` (or the
+    end of a ``with`` block) a forward pass at another noise level or with another pooled embedding raises ValueError.
+
+    Args:
+        pipe: a pipeline, a transformer or a :class:`DiffusionBackbone`, of the SD3 family.
+        sigmas: noise levels in [0, 1], tensor [T] or a list; a trailing 0 is left out.
+        pooled_prompt_embeds: [P, D], one row per text: those of the prompts, of the negative prompt, and of the null
+            text where a value model does not share it. Repeated rows are stored once.
+        release: move the AdaLN layers' weights to the host; :meth:`remove` brings them back.
+
+    Returns:
+        The installed table, a context manager.
+
+    Raises:
+        TypeError: a backbone whose AdaLN layers are not known.
+        ValueError: no noise level, or pooled embeddings of another shape; or a table is installed already.
+    """
+    from . import backbone_of  # the registry imports the adapters, and they this package
+
+    backbone = pipe if isinstance(pipe, DiffusionBackbone) else backbone_of(pipe)
+    transformer = backbone.transformer
+    if type(transformer).__name__ != "SD3Transformer2DModel":
+        raise TypeError(f"pipe: expected a transformer of the SD3 family, got {type(transformer).__name__}")
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float32, device=backbone.device).flatten()
+    sigmas = sigmas[sigmas > 0]
+    if not len(sigmas) or bool((sigmas > 1).any()):
+        raise ValueError(f"sigmas: expected noise levels in (0, 1], got {sigmas.tolist()}")
+    width = transformer.config.pooled_projection_dim
+    if not isinstance(pooled_prompt_embeds, Tensor) or pooled_prompt_embeds.shape[1:] != (width,):
+        got = getattr(pooled_prompt_embeds, "shape", type(pooled_prompt_embeds).__name__)
+        raise ValueError(f"pooled_prompt_embeds: expected shape [P, {width}], got {got}")
+    pooled = pooled_prompt_embeds.to(backbone.device, backbone.dtype).unique(dim=0)
+    return ConditioningTable(transformer, 1000 * sigmas, pooled, release)
+
+
+class ConditioningTable:
+    """The tables of a transformer's AdaLN layers, in the place of their linear layers. See
+    :func:`precompute_conditioning`.
+    """
+
+    @torch.no_grad()
+    def __init__(self, transformer: nn.Module, timesteps: Tensor, pooled: Tensor, release: bool):
+        embedder = transformer.time_text_embed
+        if "forward" in embedder.__dict__:
+            raise ValueError("pipe: it reads a modulation table already; call remove() on that one first")
+        steps, texts = len(timesteps), len(pooled)
+        temb = embedder(timesteps.repeat_interleave(texts), pooled.repeat(steps, 1))
+        self.lookup = RowLookup(timesteps, pooled, temb.shape[-1])
+        self.embedder = embedder
+        self.layers = [(norm, norm.linear) for norm in _adaln_layers(transformer)]
+        tables = [linear(norm.silu(temb)) for norm, linear in self.layers]
+        for (norm, linear), table in zip(self.layers, tables, strict=True):
+            norm.linear = TableLinear(table, self.lookup)
+            if release:
+                linear.to("cpu")
+        embedder.forward = self.lookup
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables."""
+        return sum(norm.linear.table.nbytes for norm, _ in self.layers)
+
+    @property
+    def replaced_bytes(self) -> int:
+        """Bytes of the weights that the tables stand in for."""
+        return sum(p.nbytes for _, linear in self.layers for p in linear.parameters())
+
+    def remove(self) -> None:
+        """Put the AdaLN layers back, on the device where they were. Does nothing the second time."""
+        if "forward" not in self.embedder.__dict__:
+            return
+        del self.embedder.forward
+        for norm, linear in self.layers:
+            norm.linear = linear.to(norm.linear.table.device)
+
+    def __enter__(self) -> ConditioningTable:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.remove()
+
+
+def _adaln_layers(transformer: nn.Module) -> list[nn.Module]:
+    """Modules with ``linear`` and ``silu`` whose input is the timestep and pooled text embedding alone."""
+    norms = [norm for block in blocks_of(transformer) for norm in (block.norm1, block.norm1_context)]
+    return [*norms, transformer.norm_out]

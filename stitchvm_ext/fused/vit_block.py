@@ -1,0 +1,128 @@
+"""open_clip's pre-norm vision transformer block, fused: few passes over memory, a backward for activations alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.activation import activation, activation_input_grad
+from ..ops.residual_norm import residual_norm, residual_norm_input_grad
+from .attention import attention, attention_input_grad
+from .function import Want, is_frozen, is_plain_linear, linear_input_grad, load, refuse_second_derivative, save
+
+KINDS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
+
+
+def is_vit_block(block: nn.Module, tokens: Tensor) -> bool:
+    """Whether :func:`vit_block` computes what this module computes: open_clip's standard block, frozen, unadapted."""
+    if torch.is_autocast_enabled(tokens.device.type):
+        return False
+    if type(block).__name__ != "ResidualAttentionBlock" or hasattr(block, "ln_1_kv") or "forward" in block.__dict__:
+        return False
+    attn, act = block.attn, block.mlp.gelu
+    return (
+        type(attn) is nn.MultiheadAttention
+        and type(attn.out_proj).__name__ == "NonDynamicallyQuantizableLinear"
+        and attn.batch_first
+        and attn.in_proj_weight is not None
+        and attn.in_proj_bias is not None
+        and attn.bias_k is None
+        and (attn.dropout == 0 or not attn.training)
+        and type(block.ln_1).__name__ == type(block.ln_2).__name__ == "LayerNorm"
+        and block.ln_1.bias is not None
+        and type(act).__name__ in KINDS
+        and getattr(act, "approximate", "none") == "none"
+        and is_plain_linear(block.mlp.c_fc)
+        and is_plain_linear(block.mlp.c_proj)
+        and is_frozen(block)
+    )
+
+
+def vit_block(block: nn.Module, tokens: Tensor, memory: str = "save") -> Tensor:
+    """open_clip's ``ResidualAttentionBlock`` on tokens [B, N, C], differentiable with respect to them."""
+    if torch.is_grad_enabled() and tokens.requires_grad:
+        return _VitBlock.apply(tokens, block, Want(memory=memory))
+    return forward(block, tokens, None)
+
+
+class _VitBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens, block, want):
+        state: dict[str, Any] = {"tokens": tokens}
+        out = forward(block, tokens, state)
+        if want.memory == "recompute":
+            del state["qkv"], state["pre"]
+        save(ctx, state)
+        ctx.block = block
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_second_derivative()
+        return backward(ctx.block, grad, load(ctx)), None, None
+
+
+def forward(block: nn.Module, tokens: Tensor, state: dict[str, Any] | None) -> Tensor:
+    """Tokens after the block. What the backward needs is put into ``state``, if one is given."""
+    qkv = _qkv(block, tokens)
+    out, statistics = attention(*_heads(block, qkv))
+    middle, y, _ = residual_norm(
+        tokens, branch=block.attn.out_proj(out.flatten(2)), gate=_layer_scale(block.ls_1),
+        scale=block.ln_2.weight[None], shift=block.ln_2.bias[None], affine=True, eps=block.ln_2.eps,
+    )  # fmt: skip
+    pre = block.mlp.c_fc(y)
+    branch = block.mlp.c_proj(activation(pre, KINDS[type(block.mlp.gelu).__name__]))
+    if state is not None:
+        state.update(qkv=qkv, out=out, middle=middle, pre=pre)
+        state.update({f"statistics.{i}": entry for i, entry in enumerate(statistics)})
+    return residual_norm(middle, branch=branch, gate=_layer_scale(block.ls_2))[0]
+
+
+def backward(block: nn.Module, grad: Tensor, state: dict[str, Any]) -> Tensor:
+    """The gradient of the block's input from that of its output, both [B, N, C]."""
+    tokens, middle = state["tokens"], state["middle"]
+    qkv = state["qkv"] if "qkv" in state else _qkv(block, tokens)
+    pre = state["pre"] if "pre" in state else block.mlp.c_fc(_norm(block.ln_2, middle))
+    branch_grad = _scaled(grad, block.ls_2)
+    pre_grad = activation_input_grad(
+        linear_input_grad(branch_grad, block.mlp.c_proj), pre, KINDS[type(block.mlp.gelu).__name__]
+    )
+    middle_grad, branch_grad, _ = residual_norm_input_grad(
+        grad_residual=grad, grad_y=linear_input_grad(pre_grad, block.mlp.c_fc), residual=middle,
+        gate=_layer_scale(block.ls_1), scale=block.ln_2.weight[None], affine=True, eps=block.ln_2.eps,
+    )  # fmt: skip
+    branch_grad = middle_grad if branch_grad is None else branch_grad
+    q, k, v = _heads(block, qkv)
+    statistics = tuple(state[f"statistics.{i}"] for i in range(sum(n.startswith("statistics.") for n in state)))
+    out_grad = linear_input_grad(branch_grad, block.attn.out_proj).unflatten(-1, q.shape[2:])
+    grads = attention_input_grad(out_grad, q, k, v, state["out"], statistics)
+    y_grad = torch.stack(grads, dim=2).flatten(2) @ block.attn.in_proj_weight
+    return residual_norm_input_grad(
+        grad_residual=middle_grad, grad_y=y_grad, residual=tokens,
+        scale=block.ln_1.weight[None], affine=True, eps=block.ln_1.eps,
+    )[0]  # fmt: skip
+
+
+def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+    return residual_norm(x, scale=norm.weight[None], shift=norm.bias[None], affine=True, eps=norm.eps)[1]
+
+
+def _qkv(block: nn.Module, tokens: Tensor) -> Tensor:
+    """[B, N, 3 C]"""
+    return F.linear(_norm(block.ln_1, tokens), block.attn.in_proj_weight, block.attn.in_proj_bias)
+
+
+def _heads(block: nn.Module, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return qkv.unflatten(-1, (3, block.attn.num_heads, -1)).unbind(2)
+
+
+def _layer_scale(scale: nn.Module) -> Tensor | None:
+    return scale.gamma[None] if hasattr(scale, "gamma") else None
+
+
+def _scaled(grad: Tensor, scale: nn.Module) -> Tensor:
+    gate = _layer_scale(scale)
+    return grad if gate is None else residual_norm_input_grad(grad_residual=grad, gate=gate)[1]
