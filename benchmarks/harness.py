@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +49,54 @@ def save(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
     partial.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
     partial.replace(path)
     return path
+
+
+def alternate(
+    calls: dict[str, Callable[[], Any]], *, seconds: float, device: str = "cpu", rounds: int = 5, warmup: int = 2
+) -> dict[str, dict[str, float]]:
+    """Milliseconds per call of each entry, taken in turns for ``seconds`` and at least ``rounds`` rounds.
+
+    Noise from other work on the machine then meets all of them. Median, 20th and 80th percentile.
+    """
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(warmup):
+            call()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < rounds:
+        for name, call in calls.items():
+            synchronize()
+            start = time.perf_counter()
+            call()
+            synchronize()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: summary(values) for name, values in times.items()}
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    low, *_, high = statistics.quantiles(values, n=5)
+    return {"median_ms": statistics.median(values), "p20_ms": low, "p80_ms": high, "rounds": len(values)}
+
+
+def speedups(row: dict[str, dict[str, float]], ours: str) -> dict[str, float]:
+    """Medians of the others over that of ``ours``."""
+    return {name: row[name]["median_ms"] / row[ours]["median_ms"] for name in row if name != ours}
+
+
+def bytes_kept(run: Callable[[], Any], exclude: list[torch.Tensor]) -> int:
+    """Bytes of the distinct storages that autograd keeps for the backward of ``run``, without those of ``exclude``."""
+    known = {t.untyped_storage().data_ptr() for t in exclude}
+    storages: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = run()  # alive until the storages are counted: freed memory would be counted under one address
+        total = sum(storages.values())
+    del output
+    return total

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import resample_tokens
+from ..ops import resample_tokens, silu
 
 
 class StitchLayer(nn.Module):
@@ -60,16 +60,32 @@ class StitchLayer(nn.Module):
         if self.prefix is not None:
             self.prefix.copy_(prefix)
 
+    def read_tokens(self, grid: tuple[int, int]) -> Tensor | None:
+        """The tokens of ``grid`` that the resampling reads, int64 [R] in order; None if these are all.
+
+        Bilinear resampling without antialiasing reads two positions per axis and output: 48x48 of 64x64 tokens for a
+        24x24 target, 32x32 for a 16x16 one.
+        """
+        if not self.resamples_first(grid):
+            return None
+        rows, columns = (_read_positions(n, out) for n, out in zip(grid, self.out_grid, strict=True))
+        if len(rows) * len(columns) == grid[0] * grid[1]:
+            return None
+        return torch.tensor([row * grid[1] + column for row in rows for column in columns])
+
+    def resamples_first(self, grid: tuple[int, int]) -> bool:
+        return self.out_grid[0] * self.out_grid[1] <= grid[0] * grid[1]
+
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Backbone tokens [B, N, C] on ``grid`` -> reward tokens [B, N', C'], or for j > 1 [B, P+N', C']."""
         tokens = tokens.to(self.project.weight.dtype)
-        if self.out_grid[0] * self.out_grid[1] <= grid[0] * grid[1]:
+        if self.resamples_first(grid):
             y = self.project(resample_tokens(tokens, grid, self.out_grid))
         else:
             y = resample_tokens(self.project(tokens), grid, self.out_grid)
         if self.position is not None:
             y = y + self.position
-        y = y + self.mlp(y)
+        y = y + self.mlp[3](silu(self.mlp[1](silu(y))))
         if self.prefix is not None:
             y = torch.cat([self.prefix.expand(y.shape[0], -1, -1), y], dim=1)
         return y
@@ -78,3 +94,12 @@ class StitchLayer(nn.Module):
 def patchify(latents: Tensor, patch: int) -> Tensor:
     """Latents [B, C, H, W] as tokens [B, HW/p², C·p²]: what the value model without a backbone (depth 0) reads."""
     return F.pixel_unshuffle(latents, patch).flatten(2).transpose(1, 2)
+
+
+def _read_positions(size: int, out: int) -> list[int]:
+    """Positions of one axis that a bilinear resampling (align_corners=False) to ``out`` positions reads."""
+    read = set()
+    for o in range(out):
+        position, rest = divmod(max(0, (2 * o + 1) * size - out), 2 * out)
+        read |= {position, min(position + 1, size - 1)} if rest else {position}
+    return sorted(read)

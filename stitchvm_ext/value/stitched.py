@@ -14,6 +14,7 @@ from ..rewards import reward_suffix_from_description
 from ..rewards.base import RewardModel, RewardOutput
 from .base import ValueEstimator
 from .model_card import model_card
+from .side_stream import side_stream
 from .stitch_layer import StitchLayer, patchify
 
 FORMAT_VERSION = 1
@@ -36,7 +37,13 @@ class StitchedValue(nn.Module, ValueEstimator):
         text_options: what ``null_condition`` was encoded with (for SD3 ``max_sequence_length``).
         backbone_licence: of the backbone's weights, for the model card.
         details: what else the model card should tell (search losses, training settings).
+
+    Attributes:
+        memory: what the fused blocks keep for the gradient: "save" (default), or "recompute", which keeps a third of
+            that and computes queries, keys, values and the first MLP layer twice.
     """
+
+    memory: str = "save"
 
     def __init__(
         self,
@@ -64,6 +71,8 @@ class StitchedValue(nn.Module, ValueEstimator):
         self.text_options = dict(text_options)
         self.backbone_licence = backbone_licence
         self.details = dict(details or {})
+        # The tokens that the stitch reads: the prefix computes no others in its last block.
+        self.register_buffer("read_tokens", stitch.read_tokens(self.grid) if depth else None, persistent=False)
         self._null_names = tuple(null_condition)
         for name, row in null_condition.items():
             self.register_buffer(f"null_{name}", row.detach().clone())
@@ -82,18 +91,19 @@ class StitchedValue(nn.Module, ValueEstimator):
             )
 
     def tokens(self, latents: Tensor, sigma: float | Tensor) -> Tensor:
-        """The tokens that the stitch reads [B, N, C]: backbone features under the null text, or the latent's
-        patches.
+        """Tokens for the stitch [B, N, C]: backbone features under the null text, or the latent's patches. Features of
+        tokens that the stitch does not read are not defined.
         """
         self.check_latent_size(latents.shape[-2:])
         if self.depth == 0:
             self.backbone.check_latents(latents, sigma)
             return patchify(latents, latents.shape[-1] // self.grid[1])
-        return self.backbone.features(latents, sigma, expand_rows(self.null_condition, latents.shape[0]), self.depth)
+        null = expand_rows(self.null_condition, latents.shape[0])
+        return self.backbone.features(latents, sigma, null, self.depth, rows=self.read_tokens, memory=self.memory)
 
     def forward(self, tokens: Tensor) -> RewardOutput:
         """Stitch and reward suffix on backbone tokens [B, N, C]: the trainable part, which data parallelism wraps."""
-        return self.suffix.forward_from(self.stitch(tokens, self.grid), self.layer)
+        return self.suffix.forward_from(self.stitch(tokens, self.grid), self.layer, self.memory)
 
     def output(self, latents: Tensor, sigma: float | Tensor) -> RewardOutput:
         """The suffix's tokens and embedding for noisy latents [B, C, H, W]."""
@@ -120,12 +130,19 @@ class StitchedValue(nn.Module, ValueEstimator):
         """Unconditional and conditional velocity, V and its gradient, at the transformer cost of plain CFG."""
         self.check_latent_size(latents.shape[-2:])
         null = expand_rows(self.null_condition, latents.shape[0])
-        uncond, tokens, leaf = self.backbone.velocity_and_features(latents, sigma, null, self.depth)
+        uncond, tokens, leaf = self.backbone.velocity_and_features(
+            latents, sigma, null, self.depth, rows=self.read_tokens, memory=self.memory
+        )
         with torch.inference_mode(False), torch.enable_grad():
-            value = self.score(self(tokens), condition)
-            (grad,) = torch.autograd.grad(value.sum(), leaf)
-        with torch.no_grad():
-            cond = self.backbone.velocity(latents, sigma, condition.cond)
+            # Two backward passes: on a GPU the suffix runs beside the conditional branch, on a stream of its own.
+            with side_stream(tokens.device) as join:
+                entering = tokens.detach().requires_grad_()
+                value = self.score(self(entering), condition)
+                (token_grad,) = torch.autograd.grad(value.sum(), entering)
+            with torch.no_grad():
+                cond = self.backbone.velocity(latents, sigma, condition.cond)
+            join(value, token_grad)
+            (grad,) = torch.autograd.grad(tokens, leaf, token_grad)
         return uncond, cond, value.detach(), grad.float()
 
     def denoise_with_value(
