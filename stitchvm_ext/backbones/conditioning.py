@@ -59,38 +59,46 @@ class ConditioningTable:
 
     @torch.no_grad()
     def __init__(self, transformer: nn.Module, timesteps: Tensor, pooled: Tensor, release: bool):
-        embedder = transformer.time_text_embed
-        if "forward" in embedder.__dict__:
-            raise ValueError("pipe: it reads a modulation table already; call remove() on that one first")
+        self.embedder, self.release = transformer.time_text_embed, release
+        self._check_free()
         steps, texts = len(timesteps), len(pooled)
-        temb = embedder(timesteps.repeat_interleave(texts), pooled.repeat(steps, 1))
+        temb = self.embedder(timesteps.repeat_interleave(texts), pooled.repeat(steps, 1))
         self.lookup = RowLookup(timesteps, pooled, temb.shape[-1])
-        self.embedder = embedder
-        self.layers = [(norm, norm.linear) for norm in _adaln_layers(transformer)]
-        tables = [linear(norm.silu(temb)) for norm, linear in self.layers]
-        for (norm, linear), table in zip(self.layers, tables, strict=True):
-            norm.linear = TableLinear(table, self.lookup)
-            if release:
-                linear.to("cpu")
-        embedder.forward = self.lookup
+        self.norms = _adaln_layers(transformer)
+        self.linears = [norm.linear for norm in self.norms]
+        self.tables = [TableLinear(norm.linear(norm.silu(temb)), self.lookup) for norm in self.norms]
+        self.install()
+
+    def _check_free(self) -> None:
+        if "forward" in self.embedder.__dict__:
+            raise ValueError("pipe: it reads a modulation table already; call remove() on that one first")
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tables."""
-        return sum(norm.linear.table.nbytes for norm, _ in self.layers)
+        return sum(layer.table.nbytes for layer in self.tables)
 
     @property
     def replaced_bytes(self) -> int:
         """Bytes of the weights that the tables stand in for."""
-        return sum(p.nbytes for _, linear in self.layers for p in linear.parameters())
+        return sum(p.nbytes for linear in self.linears for p in linear.parameters())
+
+    def install(self) -> None:
+        """Let the transformer read from the tables: done by :func:`precompute_conditioning`, needed after a removal."""
+        self._check_free()
+        for norm, linear, table in zip(self.norms, self.linears, self.tables, strict=True):
+            norm.linear = table
+            if self.release:
+                linear.to("cpu")
+        self.embedder.forward = self.lookup
 
     def remove(self) -> None:
         """Put the AdaLN layers back, on the device where they were. Does nothing the second time."""
-        if "forward" not in self.embedder.__dict__:
+        if self.embedder.__dict__.get("forward") is not self.lookup:
             return
         del self.embedder.forward
-        for norm, linear in self.layers:
-            norm.linear = linear.to(norm.linear.table.device)
+        for norm, linear, table in zip(self.norms, self.linears, self.tables, strict=True):
+            norm.linear = linear.to(table.table.device)
 
     def __enter__(self) -> ConditioningTable:
         return self
