@@ -310,7 +310,7 @@ def measure(case: Case, args: argparse.Namespace, dtype: torch.dtype, threads: i
     return rows
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, nargs="+", default=[2], help="thread counts to time (CPU)")
@@ -320,7 +320,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.5, help="time for each row")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
     torch._functorch.config.donated_buffer = False  # the backward of one graph is called many times
     rows = []
     for threads in args.threads if args.device == "cpu" else [torch.get_num_threads()]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("STITCHVM_RESULTS", Path(__file__).parent / "results"))
 
 
 def machine() -> dict[str, Any]:

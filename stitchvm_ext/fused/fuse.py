@@ -7,9 +7,10 @@ from torch import nn
 from ..backbones.base import blocks_of
 from .function import Want
 from .joint_block import FusedForward, is_joint_block
+from .step_graph import StepGraph
 
 
-def fuse(transformer: nn.Module, *, memory: str = "save") -> int:
+def fuse(transformer: nn.Module, *, memory: str = "save", cuda_graph: bool = False) -> int:
     """Let every block of a diffusers transformer run on the fused ops, with the same parameters, until :func:`unfuse`.
 
     Sampling then makes fewer passes over memory; where gradients are wanted (frozen weights), they come from a backward
@@ -19,6 +20,7 @@ def fuse(transformer: nn.Module, *, memory: str = "save") -> int:
     Args:
         transformer: with ``JointTransformerBlock``s, the blocks of Stable Diffusion 3 and 3.5.
         memory: what a pass with gradients keeps: "save" or "recompute", see :class:`Want`.
+        cuda_graph: on a CUDA device, capture whole passes without gradients as CUDA graphs, see :class:`StepGraph`.
 
     Returns:
         The number of fused blocks.
@@ -38,11 +40,13 @@ def fuse(transformer: nn.Module, *, memory: str = "save") -> int:
         )
     for block in fused:
         block.forward = FusedForward(block, want)
+    if cuda_graph:
+        transformer.forward = StepGraph(transformer)
     return len(fused)
 
 
 def unfuse(transformer: nn.Module) -> None:
     """Undo :func:`fuse`. Does nothing where it was not called."""
     for module in transformer.modules():
-        if isinstance(module.__dict__.get("forward"), FusedForward):
+        if isinstance(module.__dict__.get("forward"), FusedForward | StepGraph):
             del module.forward

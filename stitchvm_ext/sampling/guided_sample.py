@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..backbones import Condition, DiffusionBackbone, Encoding, backbone_of
 from ..backbones.base import blocks_of, frozen
 from ..backbones.latents import decode_latents
+from ..fused.step_graph import StepGraph
 from ..value.base import ValueEstimator
 from .checks import as_prompts, check_count, check_guidance_scale
 from .dps import sample_dps
@@ -249,10 +250,18 @@ def count_block_rows(transformer: nn.Module) -> Iterator[_Rows]:
     def add(module, args, kwargs):
         rows.count += len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
+    def add_replay(batch: int):  # hooks do not run inside a CUDA graph
+        rows.count += batch * len(blocks_of(transformer))
+
     handles = [block.register_forward_pre_hook(add, with_kwargs=True) for block in blocks_of(transformer)]
+    graph = transformer.__dict__.get("forward")
+    if isinstance(graph, StepGraph):
+        graph.on_replay = add_replay
     try:
         yield rows
     finally:
+        if isinstance(graph, StepGraph):
+            graph.on_replay = None
         for handle in handles:
             handle.remove()
 

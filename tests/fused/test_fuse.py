@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from stitchvm_ext import backbone_of, fuse, unfuse
+from stitchvm_ext import backbone_of, fuse, precompute_conditioning, unfuse
 from stitchvm_ext.sampling.guided_sample import count_block_rows
 from tests.tiny import tiny_pipeline, tiny_transformer
 
@@ -79,3 +81,34 @@ def test_bad_input():
         fuse(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="memory: expected one of"):
         fuse(tiny_transformer(), memory="none")
+
+
+def test_a_graph_is_left_out_where_it_cannot_be():
+    """On the CPU, and with gradients, the pass runs as it is."""
+    transformer = tiny_transformer()
+    backbone = backbone_of(transformer)
+    expected = backbone.velocity(latents(), 0.5, encoding())
+    fuse(transformer, cuda_graph=True)
+    torch.testing.assert_close(backbone.velocity(latents(), 0.5, encoding()), expected, **CLOSE)
+    unfuse(transformer)
+    assert "forward" not in transformer.__dict__
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("table", [False, True])
+@torch.no_grad()
+def test_a_graph_gives_the_same_velocity_and_is_counted(table):
+    transformer = tiny_transformer().cuda()
+    backbone = backbone_of(transformer)
+    texts = {name: t.cuda() for name, t in encoding().items()}
+    z = latents().cuda()
+    expected = {sigma: backbone.velocity(z, sigma, texts) for sigma in (0.75, 0.5)}
+    fuse(transformer, cuda_graph=True)
+    tables = precompute_conditioning(backbone, [0.75, 0.5], texts["pooled_prompt_embeds"]) if table else nullcontext()
+    with tables:
+        backbone.velocity(z + 1, 0.5, texts)  # captures
+        with count_block_rows(transformer) as rows:
+            for sigma, velocity in expected.items():
+                torch.testing.assert_close(backbone.velocity(z, sigma, texts), velocity, rtol=1e-3, atol=1e-4)
+    assert rows.count == 2 * 2 * 4
