@@ -154,7 +154,7 @@ class RewardModel(nn.Module):
         found = {1: patches} if 1 in layers else {}
         tokens = self.enter(patches)
         for layer in range(2, max(layers) + 1):
-            tokens = self.blocks[layer - 2](tokens)
+            tokens = run_block(self.blocks[layer - 2], tokens)
             if layer in layers:
                 found[layer] = tokens
         return found
@@ -170,7 +170,7 @@ class RewardModel(nn.Module):
         if layer == 1:
             tokens = self.enter(tokens)
         for block in self.blocks[layer - 1 :]:
-            tokens = vit_block(block, tokens, memory) if is_vit_block(block, tokens) else block(tokens)
+            tokens = run_block(block, tokens, memory)
         return self.finish(tokens)
 
     def output(self, images: Tensor) -> RewardOutput:
@@ -188,3 +188,8 @@ class RewardModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+
+def run_block(block: nn.Module, tokens: Tensor, memory: str = "save") -> Tensor:
+    """A block of an image tower on tokens [B, N, C]: on the fused ops if it is frozen and they know it."""
+    return vit_block(block, tokens, memory) if is_vit_block(block, tokens) else block(tokens)

@@ -67,6 +67,11 @@ def edited_copy(folder, target, **model_cfg):
     return target
 
 
+def assert_rounded(got, expected):
+    """Equal up to the rounding of the fused blocks, which sum in another order than open_clip's."""
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 TOWERS = {
     "class token": {},
     "QuickGELU": {"quick_gelu": True},
@@ -84,13 +89,12 @@ def test_cut_at_every_layer_equals_encode_image(tower):
     reward, clip = tiny_reward(**TOWERS[tower])
     expected = clip.encode_image(reward.preprocess(images()))
     entering = reward.entering_tokens(images(), [1, 2, 3, 4])
-    assert torch.equal(reward.output(images()).embedding, expected)
+    assert_rounded(reward.output(images()).embedding, expected)
     for layer, tokens in entering.items():
-        assert torch.equal(reward.forward_from(tokens, layer).embedding, expected), f"j = {layer}"
+        assert_rounded(reward.forward_from(tokens, layer).embedding, expected)
     for layer in range(1, 5):
-        assert torch.equal(
-            reward.suffix(layer).requires_grad_(False).forward_from(entering[layer], layer).embedding, expected
-        )
+        suffix = reward.suffix(layer).requires_grad_(False)
+        assert_rounded(suffix.forward_from(entering[layer], layer).embedding, expected)
 
 
 @pytest.mark.parametrize("tower", ["class token", "average pooling"])
@@ -99,7 +103,7 @@ def test_output_tokens_are_the_towers_own(tower):
     reward, clip = tiny_reward(**TOWERS[tower])
     clip.visual.output_tokens = True
     _, tokens = clip.visual(reward.preprocess(images()))
-    assert torch.equal(reward.output(images()).tokens[:, 1:], tokens)
+    assert_rounded(reward.output(images()).tokens[:, 1:], tokens)
     assert reward.output(images()).tokens.shape == (3, 1 + 16, 32)
 
 
@@ -228,7 +232,7 @@ def test_folder_loads_as_open_clip_loads_it(folder, tmp_path):
     for name in (folder, str(folder), f"local-dir:{folder}"):
         reward = OpenClipReward.from_pretrained(name, licence="Apache-2.0")
         x = images(size=64)
-        assert torch.equal(reward.output(x).embedding, clip.encode_image(reward.preprocess(x)))
+        assert_rounded(reward.output(x).embedding, clip.encode_image(reward.preprocess(x)))
         text = clip.encode_text(tokenizer(PROMPTS), normalize=True)
         torch.testing.assert_close(reward.encode_condition(PROMPTS), text, atol=1e-6, rtol=0)
         assert reward.describe()["licence"] == "Apache-2.0"
