@@ -37,9 +37,16 @@ struct alignas(sizeof(T) * kVec) Packed {
 template <class T>
 constexpr int kWide = 16 / static_cast<int>(sizeof(T));
 
+#ifdef STITCHVM_EMULATE
+#define STITCHVM_CHECK_ALIGNED(p, bytes) ::stitchvm::emulator::check_aligned(p, bytes)
+#else
+#define STITCHVM_CHECK_ALIGNED(p, bytes)  // the GPU faults by itself
+#endif
+
 // p must be aligned to kVec elements.
 template <int kVec, class T>
 __device__ __forceinline__ void load(const T* p, float (&out)[kVec]) {
+  STITCHVM_CHECK_ALIGNED(p, sizeof(T) * kVec);
   const Packed<T, kVec> raw = *reinterpret_cast<const Packed<T, kVec>*>(p);
 #pragma unroll
   for (int i = 0; i < kVec; ++i) out[i] = to_float(raw.v[i]);
@@ -47,6 +54,7 @@ __device__ __forceinline__ void load(const T* p, float (&out)[kVec]) {
 
 template <int kVec, class T>
 __device__ __forceinline__ void store(T* p, const float (&in)[kVec]) {
+  STITCHVM_CHECK_ALIGNED(p, sizeof(T) * kVec);
   Packed<T, kVec> raw;
 #pragma unroll
   for (int i = 0; i < kVec; ++i) raw.v[i] = from_float<T>(in[i]);

@@ -1,0 +1,193 @@
+"""The CUDA kernels as ops on CPU tensors: builds the emulator's library (csrc/emulator) and defines its ops.
+
+The library is compiled when a test first asks for it and kept in build/emulator, under a hash of everything that goes
+into it. It registers every op under `stitchvm_emulated_once`. What the tests call is `stitchvm_emulated`: the same ops,
+each run under every thread schedule, with results that must agree to the bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from stitchvm_ext.ops import _info, _loader
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CSRC = ROOT / "csrc"
+CACHE = ROOT / "build" / "emulator"
+ONCE = "stitchvm_emulated_once"
+SCHEDULES = ("forward", "reverse", "shuffled")  # csrc/emulator/emulator.h
+
+# No optimisation beyond -O1: compiling takes longer than running the tests.
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-gnu-unique", "-DSTITCHVM_EMULATE"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
+
+_keep: list[torch.library.Library] = []  # ops defined in Python live as long as their Library
+
+
+class CannotBuild(Exception):
+    """Why there is no emulator here."""
+
+
+def load_setup() -> ModuleType:
+    """setup.py as a module; it builds only when run. pybind11, which only a build needs, may be missing."""
+    spec = importlib.util.spec_from_file_location("stitchvm_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    stub = {} if importlib.util.find_spec("pybind11") else {"pybind11": ModuleType("pybind11")}
+    with mock.patch.dict(sys.modules, {**stub, spec.name: module}):
+        spec.loader.exec_module(module)
+    return module
+
+
+def compiler() -> str:
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        raise CannotBuild(f"no C++ compiler: {name} is not on PATH")
+    return name
+
+
+def cuda_headers() -> Path:
+    """The folder of cuda_bf16.h: of the CUDA toolkit, or of the runtime's package that torch may have brought."""
+    setup = load_setup()
+    try:
+        folders = [setup.find_toolkit() / "include"]
+    except (setup.CannotBuildCuda, OSError, subprocess.CalledProcessError):
+        folders = []
+    folders += sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/include"))
+    for folder in folders:
+        if (folder / "cuda_bf16.h").exists() and (folder / "vector_types.h").exists():
+            return folder
+    raise CannotBuild("no CUDA headers: cuda_bf16.h is neither in a CUDA toolkit nor among the Python packages")
+
+
+def build(sources: Iterable[Path], output: str, flags: Iterable[str] = (), cache: Path = CACHE) -> Path:
+    """Compiles and links sources that may include csrc/cuda/*.cuh, two at a time; returns the path of the result.
+
+    Args:
+        sources: C++ and CUDA files; csrc/emulator/{emulator,fiber}.cpp are added.
+        output: the file's name; "x.so" gives a library, "x" an executable. The result lies in a folder per hash of
+            the flags, the compiler, the sources and all of `csrc`.
+        flags: further flags, for compiling and linking.
+        cache: where that folder lies.
+
+    Raises:
+        CannotBuild: no compiler or no CUDA headers.
+        RuntimeError: the compiler's messages.
+    """
+    cxx, headers = compiler(), cuda_headers()
+    sources = [*sources, CSRC / "emulator" / "emulator.cpp", CSRC / "emulator" / "fiber.cpp"]
+    flags = [*FLAGS, *WARNINGS, f"-fmacro-prefix-map={ROOT}/=", "-isystem", str(headers), *flags]
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256("\n".join([*flags, version, torch.__version__]).encode())
+    for path in sorted({*sources, *(p for p in CSRC.rglob("*") if p.is_file())}):
+        digest.update(str(path).encode() + path.read_bytes())
+    folder = cache / digest.hexdigest()[:16]
+    if (folder / output).exists():
+        return folder / output
+
+    def run(command: list[str]) -> None:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+    def compile_one(source: Path) -> str:
+        language = ["-include", str(CSRC / "emulator" / "device.h")] if source.parent != CSRC / "emulator" else []
+        target = str(partial / f"{source.name}.o")
+        run([cxx, *flags, *language, "-x", "c++", "-c", str(source), "-o", target])
+        return target
+
+    partial = cache / f"{folder.name}-{os.getpid()}"  # so that an interrupted or a parallel build leaves no half files
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compile_one, sources))
+        kind = ["-shared", "-Wl,-Bsymbolic"] if output.endswith(".so") else ["-rdynamic"]
+        run([cxx, *objects, *kind, *flags, "-ldl", "-o", str(partial / output)])
+        folder.mkdir(parents=True, exist_ok=True)
+        os.replace(partial / output, folder / output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder / output
+
+
+def build_ops() -> Path:
+    """The library with every op of csrc/cuda."""
+    home = Path(torch.__file__).parent
+    flags = [*load_setup().COMMON_FLAGS, f"-DSTITCHVM_NAMESPACE={ONCE}", "-isystem", str(home / "include")]
+    flags += [f"-L{home / 'lib'}", "-ltorch_cpu"]
+    return build([CSRC / "schema.cpp", *sorted((CSRC / "cuda").glob("*.cu"))], "ops.so", flags)
+
+
+@functools.cache
+def load() -> str:
+    """Makes backend="emulated" usable. Returns "", or why it is not."""
+    try:
+        path = build_ops()
+    except CannotBuild as reason:
+        return f"no emulator: {reason}"
+    torch.ops.load_library(str(path))
+    set_schedule = ctypes.CDLL(str(path)).stitchvm_emulator_set_schedule
+    library = torch.library.Library(_loader.EMULATED, "DEF")
+    _keep.append(library)
+    for name in torch._C._dispatch_get_all_op_names():
+        namespace, _, name = name.partition("::")
+        if namespace == ONCE:
+            packet, _, overload = name.partition(".")
+            once = getattr(getattr(getattr(torch.ops, ONCE), packet), overload or "default")
+            library.define(str(once._schema).removeprefix(f"{ONCE}::"))
+            library.impl(name, under_every_schedule(once, set_schedule), "CPU")
+    for op in _info.OPS:
+        importlib.import_module(f"stitchvm_ext.ops.{op}").register(_loader.EMULATED)
+    _loader.allow_emulated(str(path))
+    return ""
+
+
+def under_every_schedule(op: torch._ops.OpOverload, set_schedule: Callable[[int], None]) -> Callable:
+    """`op`, run once under each schedule; RuntimeError where two of them give other bits."""
+    arguments = op._schema.arguments
+    writes = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
+
+    def run(*args, **kwargs):
+        named = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
+        written = [t for name, t in named.items() if name in writes and t is not None]
+        before = [t.clone() for t in written]
+        first: list[Tensor] = []
+        for i, schedule in enumerate(SCHEDULES):
+            for t, old in zip(written, before, strict=True):
+                t.copy_(old)
+            set_schedule(i)
+            results = op(*args, **kwargs)
+            tensors = [
+                *written,
+                *(results if isinstance(results, tuple) else (results,) if results is not None else ()),
+            ]
+            first = first or [t.clone() for t in tensors]
+            for k, (a, b) in enumerate(zip(first, tensors, strict=True)):
+                if not torch.equal(bits(a), bits(b)):
+                    raise RuntimeError(
+                        f"{op}: result {k} is not the same under the schedules {SCHEDULES[0]} and {schedule}: a "
+                        "barrier is missing, or shared memory is read before it is written"
+                    )
+        return results
+
+    return run
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.contiguous().reshape(-1).view(torch.uint8)
