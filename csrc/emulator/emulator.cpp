@@ -21,6 +21,18 @@ namespace stitchvm::emulator {
 
 Indices indices;
 
+std::string kernel_name(const void* kernel) {
+  Dl_info info;
+  if (!dladdr(kernel, &info) || info.dli_sname == nullptr || info.dli_saddr != kernel) return "kernel";
+  char* demangled = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, nullptr);
+  std::string name = demangled ? demangled : info.dli_sname;
+  std::free(demangled);
+  name = name.substr(0, name.find('('));                    // without the parameters,
+  name = name.substr(name.rfind(' ', name.find('<')) + 1);  // the return type
+  const size_t scope = name.rfind("::", name.find('<'));    // and the namespace
+  return scope == std::string::npos ? name : name.substr(scope + 2);
+}
+
 namespace {
 
 constexpr int kWarp = 32;
@@ -74,18 +86,6 @@ void fill_shared_memory(unsigned char garbage) {
   std::memset(&shared_memory_anchor - memory.anchor, garbage, memory.bytes);
 }
 
-std::string kernel_name(const void* kernel) {
-  Dl_info info;
-  if (!dladdr(kernel, &info) || info.dli_sname == nullptr || info.dli_saddr != kernel) return "kernel";
-  char* demangled = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, nullptr);
-  std::string name = demangled ? demangled : info.dli_sname;
-  std::free(demangled);
-  name = name.substr(0, name.find('('));                    // without the parameters,
-  name = name.substr(name.rfind(' ', name.find('<')) + 1);  // the return type
-  const size_t scope = name.rfind("::", name.find('<'));    // and the namespace
-  return scope == std::string::npos ? name : name.substr(scope + 2);
-}
-
 std::string text(uint3 index) {
   return "(" + std::to_string(index.x) + "," + std::to_string(index.y) + "," + std::to_string(index.z) + ")";
 }
@@ -116,7 +116,7 @@ class Launch {
     indices.grid_dim = grid;
     count_ = static_cast<int>(block.x * block.y * block.z);
     threads_.resize(count_);
-    if (stacks_ == nullptr) stacks_.reset(new char[kMaxThreads * kStackBytes]);  // kept: pages in use stay in use
+    if (memory_ == nullptr) memory_.reset(new char[(kMaxThreads + 1) * kStackBytes]);
   }
 
   ~Launch() { launch = nullptr; }
@@ -141,6 +141,8 @@ class Launch {
  private:
   static void fiber_entry();
 
+  // They grow downwards: thread 0 has the space of one more stack to overflow into.
+  char* stack(int thread) const { return memory_.get() + (thread + 1) * kStackBytes; }
   int lanes(int warp) const { return std::min(kWarp, count_ - warp * kWarp); }
   int warps() const { return (count_ + kWarp - 1) / kWarp; }
   bool runnable(int warp) const;
@@ -159,10 +161,10 @@ class Launch {
   Context scheduler_;
   Thread* current_ = nullptr;
   std::exception_ptr thrown_;
-  static std::unique_ptr<char[]> stacks_;
+  static std::unique_ptr<char[]> memory_;  // kept from launch to launch
 };
 
-std::unique_ptr<char[]> Launch::stacks_;
+std::unique_ptr<char[]> Launch::memory_;
 Schedule chosen_schedule = Schedule::kForward;
 
 void Launch::fiber_entry() {
@@ -284,15 +286,14 @@ void Launch::run_block(uint3 block) {
     const auto n = static_cast<unsigned>(i);
     t.index = {n % dim.x, n / dim.x % dim.y, n / (dim.x * dim.y)};
     t.state = State::kReady;
-    char* stack = stacks_.get() + i * kStackBytes;
-    std::memcpy(stack, &kCanary, sizeof kCanary);
-    start(t.context, stack, kStackBytes, fiber_entry);
+    std::memcpy(stack(i), &kCanary, sizeof kCanary);
+    start(t.context, stack(i), kStackBytes, fiber_entry);
   }
   do {
     for (int warp = next_warp(); warp >= 0; warp = next_warp()) step(warp);
   } while (release_block());
   for (int i = 0; i < count_; ++i) {
-    if (std::memcmp(stacks_.get() + i * kStackBytes, &kCanary, sizeof kCanary) != 0) {
+    if (std::memcmp(stack(i), &kCanary, sizeof kCanary) != 0) {
       error(threads_[i], "needs more than the emulator's " + std::to_string(kStackBytes) + " bytes of stack");
     }
   }

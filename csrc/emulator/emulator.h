@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <string>
 #include <type_traits>
 
 namespace stitchvm::emulator {
@@ -25,6 +26,9 @@ enum class Schedule : int { kForward, kReverse, kShuffled };
 constexpr Schedule kSchedules[] = {Schedule::kForward, Schedule::kReverse, Schedule::kShuffled};
 
 void set_schedule(Schedule schedule);
+
+// As in the source, with its template arguments.
+std::string kernel_name(const void* kernel);
 
 // Runs thread() for every thread of the grid; `kernel` is there for its name.
 void run_grid(const void* kernel, dim3 grid, dim3 block, const std::function<void()>& thread);

@@ -31,7 +31,7 @@ from stitchvm_ext.ops import _info, _loader
 ROOT = Path(__file__).resolve().parent.parent.parent
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "emulator"
-ONCE = "stitchvm_emulated_once"
+ONCE = "_once"
 SCHEDULES = ("forward", "reverse", "shuffled")  # csrc/emulator/emulator.h
 
 # No optimisation beyond -O1: compiling takes longer than running the tests.
@@ -76,7 +76,9 @@ def cuda_headers() -> Path:
     raise CannotBuild("no CUDA headers: cuda_bf16.h is neither in a CUDA toolkit nor among the Python packages")
 
 
-def build(sources: Iterable[Path], output: str, flags: Iterable[str] = (), cache: Path = CACHE) -> Path:
+def build(
+    sources: Iterable[Path], output: str, flags: Iterable[str] = (), cache: Path = CACHE, csrc: Path = CSRC
+) -> Path:
     """Compiles and links sources that may include csrc/cuda/*.cuh, two at a time; returns the path of the result.
 
     Args:
@@ -85,17 +87,18 @@ def build(sources: Iterable[Path], output: str, flags: Iterable[str] = (), cache
             the flags, the compiler, the sources and all of `csrc`.
         flags: further flags, for compiling and linking.
         cache: where that folder lies.
+        csrc: the folder of the emulator and the kernels; a test that edits them has a copy.
 
     Raises:
         CannotBuild: no compiler or no CUDA headers.
         RuntimeError: the compiler's messages.
     """
     cxx, headers = compiler(), cuda_headers()
-    sources = [*sources, CSRC / "emulator" / "emulator.cpp", CSRC / "emulator" / "fiber.cpp"]
-    flags = [*FLAGS, *WARNINGS, f"-fmacro-prefix-map={ROOT}/=", "-isystem", str(headers), *flags]
+    sources = [*sources, csrc / "emulator" / "emulator.cpp", csrc / "emulator" / "fiber.cpp"]
+    flags = [*FLAGS, *WARNINGS, f"-fmacro-prefix-map={csrc.parent}/=", "-isystem", str(headers), *flags]
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256("\n".join([*flags, version, torch.__version__]).encode())
-    for path in sorted({*sources, *(p for p in CSRC.rglob("*") if p.is_file())}):
+    for path in sorted({*sources, *(p for p in csrc.rglob("*") if p.is_file())}):
         digest.update(str(path).encode() + path.read_bytes())
     folder = cache / digest.hexdigest()[:16]
     if (folder / output).exists():
@@ -107,7 +110,7 @@ def build(sources: Iterable[Path], output: str, flags: Iterable[str] = (), cache
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
     def compile_one(source: Path) -> str:
-        language = ["-include", str(CSRC / "emulator" / "device.h")] if source.parent != CSRC / "emulator" else []
+        language = ["-include", str(csrc / "emulator" / "device.h")] if source.parent != csrc / "emulator" else []
         target = str(partial / f"{source.name}.o")
         run([cxx, *flags, *language, "-x", "c++", "-c", str(source), "-o", target])
         return target
@@ -129,9 +132,29 @@ def build(sources: Iterable[Path], output: str, flags: Iterable[str] = (), cache
 def build_ops() -> Path:
     """The library with every op of csrc/cuda."""
     home = Path(torch.__file__).parent
-    flags = [*load_setup().COMMON_FLAGS, f"-DSTITCHVM_NAMESPACE={ONCE}", "-isystem", str(home / "include")]
+    flags = [
+        *load_setup().COMMON_FLAGS,
+        f"-DSTITCHVM_NAMESPACE={_loader.EMULATED}{ONCE}",
+        "-isystem",
+        str(home / "include"),
+    ]
     flags += [f"-L{home / 'lib'}", "-ltorch_cpu"]
     return build([CSRC / "schema.cpp", *sorted((CSRC / "cuda").glob("*.cu"))], "ops.so", flags)
+
+
+def load_ops(path: Path, namespace: str) -> None:
+    """Loads a library of ops of `<namespace>_once` and defines them in `namespace`, under every schedule."""
+    torch.ops.load_library(str(path))
+    set_schedule = ctypes.CDLL(str(path)).stitchvm_emulator_set_schedule
+    library = torch.library.Library(namespace, "DEF")
+    _keep.append(library)
+    for qualified in torch._C._dispatch_get_all_op_names():
+        space, _, name = qualified.partition("::")
+        if space == namespace + ONCE:
+            packet, _, overload = name.partition(".")
+            once = getattr(getattr(getattr(torch.ops, space), packet), overload or "default")
+            library.define(str(once._schema).removeprefix(f"{space}::"))
+            library.impl(name, under_every_schedule(once, set_schedule), "CPU")
 
 
 @functools.cache
@@ -141,17 +164,7 @@ def load() -> str:
         path = build_ops()
     except CannotBuild as reason:
         return f"no emulator: {reason}"
-    torch.ops.load_library(str(path))
-    set_schedule = ctypes.CDLL(str(path)).stitchvm_emulator_set_schedule
-    library = torch.library.Library(_loader.EMULATED, "DEF")
-    _keep.append(library)
-    for name in torch._C._dispatch_get_all_op_names():
-        namespace, _, name = name.partition("::")
-        if namespace == ONCE:
-            packet, _, overload = name.partition(".")
-            once = getattr(getattr(getattr(torch.ops, ONCE), packet), overload or "default")
-            library.define(str(once._schema).removeprefix(f"{ONCE}::"))
-            library.impl(name, under_every_schedule(once, set_schedule), "CPU")
+    load_ops(path, _loader.EMULATED)
     for op in _info.OPS:
         importlib.import_module(f"stitchvm_ext.ops.{op}").register(_loader.EMULATED)
     _loader.allow_emulated(str(path))
