@@ -13,6 +13,7 @@ import torch
 from stitchvm_ext import ops
 from stitchvm_ext.ops import _loader
 from tests.ops import emulator
+from tests.setup_module import load_setup
 
 HERE = emulator.CSRC / "emulator"
 
@@ -107,7 +108,7 @@ def test_errors_reach_python(tmp_path):
     source = tmp_path / "planted_ops.cu"
     source.write_text(PLANTED_OPS)
     home = Path(torch.__file__).parent
-    flags = [*emulator.load_setup().COMMON_FLAGS, "-DSTITCHVM_NAMESPACE=stitchvm_planted_once", f"-I{emulator.CSRC}"]
+    flags = [*load_setup().COMMON_FLAGS, "-DSTITCHVM_NAMESPACE=stitchvm_planted_once", f"-I{emulator.CSRC}"]
     flags += ["-isystem", str(home / "include"), f"-L{home / 'lib'}", "-ltorch_cpu"]
     emulator.load_ops(build([source], "planted_ops.so", flags, cache=tmp_path), "stitchvm_planted")
     planted = torch.ops.stitchvm_planted

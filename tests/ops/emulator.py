@@ -11,24 +11,20 @@ import ctypes
 import functools
 import hashlib
 import importlib
-import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from stitchvm_ext.ops import _info, _loader
+from tests.setup_module import ROOT, load_setup
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "emulator"
 ONCE = "_once"
@@ -43,16 +39,6 @@ _keep: list[torch.library.Library] = []  # ops defined in Python live as long as
 
 class CannotBuild(Exception):
     """Why there is no emulator here."""
-
-
-def load_setup() -> ModuleType:
-    """setup.py as a module; it builds only when run. pybind11, which only a build needs, may be missing."""
-    spec = importlib.util.spec_from_file_location("stitchvm_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    stub = {} if importlib.util.find_spec("pybind11") else {"pybind11": ModuleType("pybind11")}
-    with mock.patch.dict(sys.modules, {**stub, spec.name: module}):
-        spec.loader.exec_module(module)
-    return module
 
 
 def compiler() -> str:
