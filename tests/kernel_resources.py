@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from tests.setup_module import ROOT, load_setup
+from tests.setup_script import ROOT, load_setup
 
 RECORD = Path(__file__).with_suffix(".json")
 ARCHS = ("sm_80", "sm_90")

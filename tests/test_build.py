@@ -18,7 +18,7 @@ from stitchvm_ext import ops
 from stitchvm_ext._version import __version__
 from stitchvm_ext.ops import _loader
 from tests import kernel_resources
-from tests.setup_module import ROOT, load_setup
+from tests.setup_script import ROOT, load_setup
 
 LIBRARIES = [lib for lib in (_loader.library_c, _loader.library_cuda) if lib.path]
 

@@ -13,7 +13,7 @@ import torch
 from stitchvm_ext import ops
 from stitchvm_ext.ops import _loader
 from tests.ops import emulator
-from tests.setup_module import load_setup
+from tests.setup_script import load_setup
 
 HERE = emulator.CSRC / "emulator"
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from stitchvm_ext.ops import _info, _loader
-from tests.setup_module import ROOT, load_setup
+from tests.setup_script import ROOT, load_setup
 
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "emulator"
