@@ -18,6 +18,7 @@ from stitchvm_ext import ops
 from stitchvm_ext._version import __version__
 from stitchvm_ext.ops import _loader
 from tests import kernel_resources
+from tests.ops import emulator
 from tests.setup_script import ROOT, load_setup
 
 LIBRARIES = [lib for lib in (_loader.library_c, _loader.library_cuda) if lib.path]
@@ -209,3 +210,23 @@ def test_changes_of_resources_are_told():
         "c<float, 1>: is not recorded",
     ]
     assert kernel_resources.differences(changed, record, "13.1") == [spill]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+@pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not installed")
+def test_developer_build(tmp_path):
+    """CMakeLists.txt: the kernels run on the CPU without torch, under the sanitizers."""
+    try:
+        headers = emulator.cuda_headers()
+    except emulator.CannotBuild as reason:
+        pytest.skip(str(reason))
+    options = ["-G", "Ninja", "-DSTITCHVM_SANITIZE=ON", f"-DSTITCHVM_CUDA_INCLUDE={headers}"]
+    for command in (
+        ["cmake", "-S", ROOT, "-B", tmp_path, *options],
+        ["cmake", "--build", tmp_path, "-j2"],
+        ["ctest", "--test-dir", tmp_path, "--output-on-failure", "--no-tests=error"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "compile_commands.json").exists()
