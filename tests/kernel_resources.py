@@ -60,12 +60,24 @@ def read_report(report: str) -> dict[str, dict[str, int]]:
 def measure(folder: Path) -> Resources:
     """Compiles every csrc/cuda/*.cu for every architecture, two at a time; the cubins are left in `folder`."""
     flags = [f for f in load_setup().FLAGS["nvcc"] if "fatbin" not in f]
+    compiler = nvcc()
     include = f"-I{Path(torch.__file__).parent / 'include'}"
 
     def compile_one(job: tuple[Path, str]) -> tuple[str, dict[str, dict[str, int]]]:
         source, arch = job
         cubin = folder / f"{source.stem}.{arch}.cubin"
-        command = [nvcc(), "-std=c++17", *flags, f"-arch={arch}", "-cubin", "-Xptxas=-v", include, source, "-o", cubin]
+        command = [
+            compiler,
+            "-std=c++17",
+            *flags,
+            f"-arch={arch}",
+            "-cubin",
+            "-Xptxas=-v",
+            include,
+            source,
+            "-o",
+            cubin,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"{source.name} does not compile for {arch}:\n{done.stderr}")

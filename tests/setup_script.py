@@ -6,7 +6,6 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -15,7 +14,13 @@ def load_setup() -> ModuleType:
     """A fresh copy; it builds only when run. pybind11, which only a build needs, may be missing."""
     spec = importlib.util.spec_from_file_location("stitchvm_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
-    stub = {} if importlib.util.find_spec("pybind11") else {"pybind11": ModuleType("pybind11")}
-    with mock.patch.dict(sys.modules, {**stub, spec.name: module}):
+    meanwhile = {spec.name: module}
+    if importlib.util.find_spec("pybind11") is None:
+        meanwhile["pybind11"] = ModuleType("pybind11")
+    sys.modules.update(meanwhile)
+    try:
         spec.loader.exec_module(module)
+    finally:
+        for name in meanwhile:
+            del sys.modules[name]
     return module
