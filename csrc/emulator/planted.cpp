@@ -1,7 +1,7 @@
 // Kernels with a planted error each, for tests/test_emulator.py and CTest: `planted NAME` prints what the emulator says
 // of kernel NAME, and `planted` alone lists the names.
 #include "driver.h"
-// after driver.h
+// after driver.h, which gives the kernels the CUDA language
 #include <map>
 
 #include "../cuda/reduce.cuh"

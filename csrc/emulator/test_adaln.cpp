@@ -1,6 +1,6 @@
 // adaln and its gradient against plain loops in double.
 #include "driver.h"
-// after driver.h
+// after driver.h, which gives the kernels the CUDA language
 #include "../cuda/adaln.cuh"
 
 using namespace stitchvm;

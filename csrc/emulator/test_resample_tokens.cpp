@@ -1,6 +1,6 @@
 // resample_tokens and its adjoint against plain loops in double.
 #include "driver.h"
-// after driver.h
+// after driver.h, which gives the kernels the CUDA language
 #include "../cuda/resample_tokens.cuh"
 
 using namespace stitchvm;

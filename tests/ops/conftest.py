@@ -25,8 +25,7 @@ def use_backend(monkeypatch):
             if not torch.cuda.is_available():
                 pytest.skip("no CUDA device")
         if backend == "emulated":
-            if reason := emulator.load():
-                pytest.skip(reason)
+            emulator.load_or_skip()
             monkeypatch.setattr(torch.ops, _loader.NAMESPACE, getattr(torch.ops, _loader.EMULATED))
         if backend.startswith("cpu-"):
             C.set_cpu_level(backend.removeprefix("cpu-"))
