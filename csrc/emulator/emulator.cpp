@@ -263,8 +263,9 @@ bool Launch::release_block() {
     const int n = lanes(i / kWarp);
     for (int j = 0; j < kWarp; ++j) {
       if (!(t.mask >> j & 1)) continue;
-      if (j >= n)
+      if (j >= n) {
         error(t, text(t.site) + ": the mask names lane " + std::to_string(j) + " of a warp of " + std::to_string(n));
+      }
       if (!same_shuffle(t, threads_[first + j])) explain(t, threads_[first + j]);
     }
   }
@@ -280,7 +281,7 @@ bool Launch::release_block() {
 
 void Launch::run_block(uint3 block) {
   indices.block = block;
-  constexpr unsigned char kGarbage[] = {0xff, 0xcd, 0x55};  // NaN for every float type; large; large of the other sign
+  constexpr unsigned char kGarbage[] = {0xff, 0xcd, 0x55};  // NaN; negative; positive
   fill_shared_memory(kGarbage[static_cast<int>(schedule_)]);
   const dim3 dim = indices.block_dim;
   for (int i = 0; i < count_; ++i) {

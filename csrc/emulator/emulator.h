@@ -6,7 +6,7 @@
 //   a warp shuffle that a lane of the mask does not reach, or reaches elsewhere or with another mask;
 //   a shuffle that reads from a lane outside the mask; a misaligned vector access; __trap(); an impossible launch.
 // Found, as a difference between schedules: a missing barrier, and shared memory that is read before it is written.
-// Not found: races between blocks, numbers that depend on the GPU's own arithmetic, resource limits, speed.
+// Not found: most races between blocks, numbers that depend on the GPU's own arithmetic, resource limits, speed.
 #pragma once
 
 #include <vector_types.h>

@@ -49,7 +49,7 @@ def compiler() -> str:
 
 
 def cuda_headers() -> Path:
-    """The folder of cuda_bf16.h: of the CUDA toolkit, or of the runtime's package that torch may have brought."""
+    """The CUDA toolkit's headers, or those of the nvidia packages, where they are complete."""
     setup = load_setup()
     try:
         folders = [setup.find_toolkit() / "include"]
@@ -57,9 +57,9 @@ def cuda_headers() -> Path:
         folders = []
     folders += sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/include"))
     for folder in folders:
-        if (folder / "cuda_bf16.h").exists() and (folder / "vector_types.h").exists():
+        if all((folder / name).exists() for name in ("cuda_bf16.h", "crt/host_defines.h", "nv/target")):
             return folder
-    raise CannotBuild("no CUDA headers: cuda_bf16.h is neither in a CUDA toolkit nor among the Python packages")
+    raise CannotBuild("no CUDA headers: neither nvcc nor a complete set of the nvidia packages is installed")
 
 
 def build(
