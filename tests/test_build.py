@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import os
 import re
 import shutil
@@ -17,22 +17,19 @@ import torch
 from stitchvm_ext import ops
 from stitchvm_ext._version import __version__
 from stitchvm_ext.ops import _loader
+from tests import kernel_resources
+from tests.ops import emulator
+from tests.setup_script import ROOT, load_setup
 
-ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = [lib for lib in (_loader.library_c, _loader.library_cuda) if lib.path]
 
 
 @pytest.fixture
 def build(monkeypatch):
-    """setup.py as a module (it builds only when run), in an environment without the build's settings."""
+    """setup.py as a module, in an environment without the build's settings."""
     for name in ("STITCHVM_BUILD_CUDA", "STITCHVM_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
-    pytest.importorskip("pybind11")
-    spec = importlib.util.spec_from_file_location("stitchvm_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+    return load_setup()
 
 
 def fake_nvcc(folder: Path, release: str) -> Path:
@@ -115,11 +112,16 @@ def test_chosen_archs(build, monkeypatch, tmp_path):
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda lib: lib.name)
 def test_only_stable_symbols(library):
-    """No C++ symbol of torch is needed, so that one file serves many versions of it."""
-    command = ["nm", "-D", "--undefined-only", "--demangle", library.path]
-    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    """Of torch, only the C functions of its stable ABI are needed, so that one file serves many versions of it."""
+
+    def run(*command):
+        return subprocess.run([*command, library.path], capture_output=True, text=True, check=True).stdout
+
+    names = run("nm", "-D", "--undefined-only", "--demangle", "--format=just-symbols").split("\n")
     assert "aoti_torch_library_init_impl" in names  # the list is the right one
-    assert not re.findall(r".*\b(?:at|c10|torch|caffe2)::.*", names)
+    unstable = re.compile(r".*\b(?:at|c10|torch|caffe2)::|THP|TH[A-Z]|_ZN?K?(?:2at|3c10|5torch|6caffe2)")
+    assert not [name for name in names if unstable.match(name)]
+    assert not re.search(r"NEEDED.*\b(?:libc10|libtorch_python|libtorch\.)", run("readelf", "-d"))
 
 
 def test_runs_without_the_compiled_library(tmp_path):
@@ -178,26 +180,53 @@ def test_cuda_is_skipped_under_cpu_torch(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("arch", ["80", "90"])
-def test_cuda_kernels_do_not_spill(build, arch, tmp_path):
-    """Every kernel template, in every element type and vector width, compiles without spilling a register."""
-    headers = sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))
-    lines = ["#include <cuda_runtime.h>", *(f'#include "{h}"' for h in headers if h.name != "launch.cuh")]
-    lines.append("namespace stitchvm {")
-    pattern = r"__global__ void __launch_bounds__\(\w+\) (\w+)\(const (\w+)<T> p\)"
-    kernels = [kernel for header in headers for kernel in re.findall(pattern, header.read_text())]
-    assert len(kernels) == sum(header.read_text().count("__global__") for header in headers) > 0
-    for kernel, params in kernels:
-        for dtype, wide in (("float", 4), ("__half", 8), ("__nv_bfloat16", 8)):
-            lines += [f"template __global__ void {kernel}<{dtype}, {vec}>({params}<{dtype}>);" for vec in (1, wide)]
-    unit = tmp_path / "unit.cu"
-    unit.write_text("\n".join([*lines, "}"]))
-    flags = [f for f in build.FLAGS["nvcc"] if "TORCH" not in f]
-    output = ["-o", str(tmp_path / "unit.cubin")]
-    command = ["nvcc", *flags, "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-Xptxas=-v", *output, str(unit)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert len(spills) == 6 * len(kernels)
-    assert set(spills) == {("0", "0")}, done.stderr
+def test_resources_of_the_cuda_kernels(tmp_path):
+    """No kernel spills registers, for sm_80 and sm_90, and none uses other resources than recorded."""
+    try:
+        release = kernel_resources.nvcc_release()
+    except Exception as reason:
+        pytest.skip(f"no nvcc: {reason}")
+    resources = kernel_resources.measure(tmp_path)
+    kernels = sum(path.read_text().count("__global__") for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
+    assert len(resources) >= kernels > 0 and all(set(archs) == {"sm_80", "sm_90"} for archs in resources.values())
+    record = json.loads(kernel_resources.RECORD.read_text())
+    lines = kernel_resources.differences(resources, record, release)
+    advice = "If that is meant, run `python -m tests.kernel_resources --write` and commit the difference."
+    assert not lines, "\n".join([*lines, advice])
+
+
+def test_changes_of_resources_are_told():
+    used = {"registers": 32, "stack": 0, "spilled": 0, "shared": 128}
+    kernels = {name: {arch: used for arch in kernel_resources.ARCHS} for name in ("a<float, 1>", "b<float, 1>")}
+    record = {"nvcc": "13.0", "kernels": kernels}
+    assert kernel_resources.differences(kernels, record, "13.0") == []
+    larger = {**used, "registers": 40, "spilled": 8}
+    changed = {"a<float, 1>": {"sm_80": used, "sm_90": larger}, "c<float, 1>": kernels["b<float, 1>"]}
+    spill = "a<float, 1>, sm_90: 8 bytes of registers are spilled"
+    assert kernel_resources.differences(changed, record, "13.0") == [
+        spill,
+        "a<float, 1>, sm_90: registers 32 -> 40, spilled 0 -> 8",
+        "b<float, 1>: there is no such kernel",
+        "c<float, 1>: is not recorded",
+    ]
+    assert kernel_resources.differences(changed, record, "13.1") == [spill]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+@pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not installed")
+def test_developer_build(tmp_path):
+    """CMakeLists.txt: the kernels run on the CPU without torch, under the sanitizers."""
+    try:
+        headers = emulator.cuda_headers()
+    except emulator.CannotBuild as reason:
+        pytest.skip(str(reason))
+    options = ["-G", "Ninja", "-DSTITCHVM_SANITIZE=ON", f"-DSTITCHVM_CUDA_INCLUDE={headers}"]
+    for command in (
+        ["cmake", "-S", ROOT, "-B", tmp_path, *options],
+        ["cmake", "--build", tmp_path, "-j2"],
+        ["ctest", "--test-dir", tmp_path, "--output-on-failure", "--no-tests=error"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "compile_commands.json").exists()

@@ -1,8 +1,11 @@
-// What every CUDA op does after its checks: choose the element type and the vector width, find the stream.
+// What every CUDA op does after its checks: choose the element type and the vector width, and launch.
 #pragma once
 
+#ifndef STITCHVM_EMULATE
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
+#endif
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -14,12 +17,6 @@
 #include "types.cuh"
 
 namespace stitchvm {
-
-inline cudaStream_t current_stream(const torch::stable::Tensor& t) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
 
 // Calls f(T{}) with the kernel type of `dtype`.
 template <class F>
@@ -50,18 +47,41 @@ void dispatch_vector_width(std::initializer_list<const void*> pointers, std::ini
   }
 }
 
-// Launches a kernel that takes one params struct, on the current stream of t's device. Every launch goes through here,
-// so that the emulator can stand in for it.
+#ifndef STITCHVM_EMULATE
+
+using DeviceGuard = torch::stable::accelerator::DeviceGuard;
+
+inline cudaStream_t current_stream(const torch::stable::Tensor& t) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Launches a kernel that takes one params struct, on the current stream of t's device.
 template <class Kernel, class Params>
 void launch(Kernel kernel, dim3 grid, dim3 block, const torch::stable::Tensor& t, const Params& params) {
   kernel<<<grid, block, 0, current_stream(t)>>>(params);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-using DeviceGuard = torch::stable::accelerator::DeviceGuard;
-
 // Where the kernels of cuda/*.cu are registered.
 #define STITCHVM_DEVICE_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(stitchvm, CUDA, m)
+
+#else  // the emulator (csrc/emulator) runs the same kernels on CPU tensors
+
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
+};
+
+template <class Kernel, class Params>
+void launch(Kernel kernel, dim3 grid, dim3 block, const torch::stable::Tensor&, const Params& params) {
+  emulator::run(kernel, grid, block, params);
+}
+
+#define STITCHVM_EMULATED_IMPL(ns, m) STABLE_TORCH_LIBRARY_IMPL(ns, CPU, m)
+#define STITCHVM_DEVICE_IMPL(m) STITCHVM_EMULATED_IMPL(STITCHVM_NAMESPACE, m)
+
+#endif
 
 inline void check_grid(const char* op, int64_t blocks) {
   STD_TORCH_CHECK(blocks <= INT32_MAX, op, ": too many rows for one launch: ", blocks);

@@ -70,6 +70,13 @@ C, library_c = _load_c()
 BUILD: dict[str, str] | None = C.build_info() if C is not None else None
 library_cuda = _load_cuda(BUILD)
 HAS_OPS = C is not None  # torch.ops.stitchvm exists
+library_emulated = Library("emulator", False, "it is built and loaded by the tests alone")
+
+
+def allow_emulated(path: str) -> None:
+    """From here on, backend="emulated" runs the CUDA kernels on CPU tensors: the tests have defined its ops."""
+    global library_emulated
+    library_emulated = Library("emulator", True, path=path)
 
 
 def op(name: str, backend: str) -> Any:
@@ -89,15 +96,24 @@ def _runs_on(capability: tuple[int, int]) -> bool:
     return same_major or (has_ptx and archs[-1] <= capability)
 
 
+def _requirements(
+    backend: str, kernels: dict[str, tuple[torch.dtype, ...]]
+) -> tuple[Library, str, tuple[torch.dtype, ...]]:
+    """The library, the type of device and the dtypes that a compiled backend needs."""
+    if backend == "emulated":
+        return library_emulated, "cpu", kernels["cuda"]
+    return (library_c if backend == "cpu" else library_cuda), backend, kernels[backend]
+
+
 def why_not(backend: str, device: torch.device, dtype: torch.dtype, kernels: dict[str, tuple[torch.dtype, ...]]) -> str:
     """Why `backend` cannot run on tensors of this device and dtype; empty when it can."""
-    library = library_c if backend == "cpu" else library_cuda
+    library, device_type, dtypes = _requirements(backend, kernels)
     if not library.loaded:
         return f"{library.name} is not loaded: {library.reason}"
-    if device.type != backend:
-        return f"it takes {backend} tensors, got {device}"
-    if dtype not in kernels[backend]:
-        return f"it takes {dtype_names(kernels[backend])}, got {dtype_names((dtype,))}"
+    if device.type != device_type:
+        return f"it takes {device_type} tensors, got {device}"
+    if dtype not in dtypes:
+        return f"it takes {dtype_names(dtypes)}, got {dtype_names((dtype,))}"
     if backend == "cuda" and not _runs_on(torch.cuda.get_device_capability(device)):
         return f"built for sm {BUILD['cuda_archs']}, not for {torch.cuda.get_device_name(device)}"
     return ""
@@ -117,17 +133,17 @@ def choose_backend(op: str, x: Tensor, backend: str | None, kernels: dict[str, t
     if backend is None:
         kind = x.device.type
         return kind if kind in kernels and not why_not(kind, x.device, x.dtype, kernels) else "reference"
-    if backend not in BACKENDS:
+    if backend not in BACKENDS and not (backend == "emulated" and library_emulated.loaded):
         raise ValueError(f"{op}: backend: expected None or one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference":
         return backend
     reason = why_not(backend, x.device, x.dtype, kernels)
     if reason:
-        loaded = (library_c if backend == "cpu" else library_cuda).loaded
+        library, device_type, dtypes = _requirements(backend, kernels)
         error: Any = RuntimeError
-        if loaded and x.device.type != backend:
+        if library.loaded and x.device.type != device_type:
             error = ValueError
-        elif loaded and x.dtype not in kernels[backend]:
+        elif library.loaded and x.dtype not in dtypes:
             error = TypeError
         raise error(f"{op}: backend {backend!r} cannot be used: {reason}")
     return backend

@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from stitchvm_ext.ops import _loader
+from tests.ops import emulator
 from tests.ops.op_helpers import KERNEL_BACKENDS, C
 
 
 @pytest.fixture
-def use_backend():
+def use_backend(monkeypatch):
     """A function that makes a backend of op_helpers usable and returns the name that the ops take.
 
-    It skips where there is no CUDA device; a CPU level is restored when the test ends.
+    It skips where there is no CUDA device, and where the emulator cannot be built. For "emulated", torch.ops.stitchvm
+    is the emulator's namespace too. A CPU level and the namespace are restored when the test ends.
     """
 
     def use(backend: str) -> str:
@@ -22,6 +24,9 @@ def use_backend():
                 pytest.skip(_loader.library_cuda.reason)
             if not torch.cuda.is_available():
                 pytest.skip("no CUDA device")
+        if backend == "emulated":
+            emulator.load_or_skip()
+            monkeypatch.setattr(torch.ops, _loader.NAMESPACE, getattr(torch.ops, _loader.EMULATED))
         if backend.startswith("cpu-"):
             C.set_cpu_level(backend.removeprefix("cpu-"))
             return "cpu"

@@ -11,9 +11,9 @@ C = _loader.C
 LEVELS = C.compiled_cpu_levels() if C is not None else []
 USABLE_LEVELS = LEVELS[: LEVELS.index(C.detected_cpu_level()) + 1] if LEVELS else []
 
-# "cpu-avx2" is the CPU backend held to that instruction-set level.
+# "cpu-avx2" is the CPU backend held to that instruction-set level; "emulated" are the CUDA kernels on CPU tensors.
 CPU_BACKENDS = [f"cpu-{level}" for level in USABLE_LEVELS]
-KERNEL_BACKENDS = [*CPU_BACKENDS, "cuda"]
+KERNEL_BACKENDS = [*CPU_BACKENDS, "emulated", "cuda"]
 BACKENDS = ["reference", *KERNEL_BACKENDS]
 
 # Start offsets in elements: every residue of a 16-byte access for 2-byte elements, and one more than a cycle.
@@ -27,7 +27,7 @@ def device_of(backend: str) -> str:
 
 
 def dtypes_of(backend: str) -> list[torch.dtype]:
-    if backend == "cuda":
+    if backend in ("emulated", "cuda"):
         return [torch.float32, torch.bfloat16, torch.float16]
     return [torch.float32, torch.bfloat16, torch.float64]
 
