@@ -37,20 +37,35 @@ struct alignas(sizeof(T) * kVec) Packed {
 template <class T>
 constexpr int kWide = 16 / static_cast<int>(sizeof(T));
 
-// p must be aligned to kVec elements.
+// p must be aligned to kVec elements, in all of these.
+template <int kVec, class T>
+__device__ __forceinline__ Packed<T, kVec> load_packed(const T* p) {
+  return *reinterpret_cast<const Packed<T, kVec>*>(p);
+}
+
+template <int kVec, class T>
+__device__ __forceinline__ void store_packed(T* p, const Packed<T, kVec>& v) {
+  *reinterpret_cast<Packed<T, kVec>*>(p) = v;
+}
+
+template <class T, int kVec>
+__device__ __forceinline__ Packed<T, kVec> pack(const float (&in)[kVec]) {
+  Packed<T, kVec> raw;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) raw.v[i] = from_float<T>(in[i]);
+  return raw;
+}
+
 template <int kVec, class T>
 __device__ __forceinline__ void load(const T* p, float (&out)[kVec]) {
-  const Packed<T, kVec> raw = *reinterpret_cast<const Packed<T, kVec>*>(p);
+  const Packed<T, kVec> raw = load_packed<kVec>(p);
 #pragma unroll
   for (int i = 0; i < kVec; ++i) out[i] = to_float(raw.v[i]);
 }
 
 template <int kVec, class T>
 __device__ __forceinline__ void store(T* p, const float (&in)[kVec]) {
-  Packed<T, kVec> raw;
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) raw.v[i] = from_float<T>(in[i]);
-  *reinterpret_cast<Packed<T, kVec>*>(p) = raw;
+  store_packed(p, pack<T>(in));
 }
 
 }  // namespace stitchvm
