@@ -2,6 +2,7 @@
 #include "../args/residual_norm.h"
 
 #include <cmath>
+#include <vector>
 
 #include "lane_sum.h"
 #include "launch.h"
@@ -37,9 +38,9 @@ STITCHVM_INLINE int64_t table_row(const RowLayout& rows, int64_t row) {
 template <class T, class F>
 STITCHVM_INLINE Accumulate<T> store_and_sum(T* residual, int64_t channels, F value) {
   return lane_sum<Accumulate<T>>(channels, [=](int64_t c) STITCHVM_LAMBDA {
-    const T rounded = narrow<T>(value(c));
-    residual[c] = rounded;
-    return widen(rounded);
+    const Accumulate<T> v = value(c);
+    residual[c] = narrow<T>(v);
+    return widen(narrow<T>(v));
   });
 }
 
@@ -102,6 +103,29 @@ struct ResidualNormKernel {
   }
 };
 
+// Two sums at once, as lane_sum does one: term(c, a, b) adds to a and b. Half the lanes of each, so that they fit the
+// registers.
+template <class A, class F>
+STITCHVM_INLINE void lane_sums(int64_t n, A (&sums)[2], F term) {
+  constexpr int kLanes = 32;
+  A a[kLanes] = {};
+  A b[kLanes] = {};
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) term(c + l, a[l], b[l]);
+  }
+  for (int l = 0; c + l < n; ++l) term(c + l, a[l], b[l]);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) {
+      a[l] += a[l + half];
+      b[l] += b[l + half];
+    }
+  }
+  sums[0] = a[0];
+  sums[1] = b[0];
+}
+
 template <class T>
 struct ResidualNormGradKernel {
   using A = Accumulate<T>;
@@ -113,47 +137,49 @@ struct ResidualNormGradKernel {
     for (int64_t c = 0; c < count; ++c) grad_branch[c] = narrow<T>(widen(gate[c]) * grad(c));
   }
 
-  // `gradient(c)` is the gradient of the normalised row.
+  // `gradient(c)` is the gradient of the normalised row; `g` has room for it.
   template <class G>
-  static STITCHVM_INLINE void norm_row(const ResidualNormGradParams<T>& p, int64_t row, int64_t index, G gradient) {
+  static STITCHVM_INLINE void norm_row(const ResidualNormGradParams<T>& p, int64_t row, int64_t index, G gradient,
+                                       A* g) {
     const int64_t channels = p.rows.channels;
     const T* h = p.residual + row * channels;
-    const A mean = lane_sum<A>(channels, [=](int64_t c) STITCHVM_LAMBDA { return widen(h[c]); }) / A(channels);
-    const A square = lane_sum<A>(channels, [=](int64_t c) STITCHVM_LAMBDA {
-      const A d = widen(h[c]) - mean;
-      return d * d;
+    A sums[2];
+    lane_sums(channels, sums, [=](int64_t c, A& sum, A& sum_g) STITCHVM_LAMBDA {
+      g[c] = gradient(c);
+      sum += widen(h[c]);
+      sum_g += g[c];
     });
-    const A rstd = A(1) / std::sqrt(square / A(channels) + A(p.eps));
-    const A mean_g = lane_sum<A>(channels, gradient) / A(channels);
-    const A mean_gn =
-        lane_sum<A>(channels, [=](int64_t c) STITCHVM_LAMBDA { return gradient(c) * ((widen(h[c]) - mean) * rstd); }) /
-        A(channels);
+    const A mean = sums[0] / A(channels);
+    const A mean_g = sums[1] / A(channels);
+    lane_sums(channels, sums, [=](int64_t c, A& square, A& sum_gd) STITCHVM_LAMBDA {
+      const A d = widen(h[c]) - mean;
+      square += d * d;
+      sum_gd += g[c] * d;
+    });
+    const A rstd = A(1) / std::sqrt(sums[0] / A(channels) + A(p.eps));
+    const A mean_gn = sums[1] / A(channels) * rstd;
     const T* gate = p.gate.row(index);
     const T* gate2 = p.gate2.row(index);
     const T* grad_residual = p.grad_residual == nullptr ? nullptr : p.grad_residual + row * channels;
     T* grad_x = p.grad_x + row * channels;
-    // In blocks: the branches' gradients come from the unrounded gradient, which fits the cache.
-    constexpr int64_t kBlock = 512;
-    A buffer[kBlock];
-    for (int64_t c0 = 0; c0 < channels; c0 += kBlock) {
-      const int64_t count = channels - c0 < kBlock ? channels - c0 : kBlock;
-      with_row<0>(grad_residual, [&](auto straight) STITCHVM_LAMBDA {
+    with_row<0>(grad_residual, [=](auto straight) STITCHVM_LAMBDA {
 #pragma omp simd
-        for (int64_t c = 0; c < count; ++c) {
-          const A n = (widen(h[c0 + c]) - mean) * rstd;
-          buffer[c] = straight(c0 + c) + norm_grad_value(gradient(c0 + c), n, rstd, mean_g, mean_gn);
-          grad_x[c0 + c] = narrow<T>(buffer[c]);
-        }
-      });
-      const auto grad = [&](int64_t c) STITCHVM_LAMBDA { return buffer[c]; };
-      if (gate != nullptr) gated(gate + c0, grad, p.grad_branch + row * channels + c0, count);
-      if (gate2 != nullptr) gated(gate2 + c0, grad, p.grad_branch2 + row * channels + c0, count);
-    }
+      for (int64_t c = 0; c < channels; ++c) {
+        const A n = (widen(h[c]) - mean) * rstd;
+        const A grad = straight(c) + norm_grad_value(g[c], n, rstd, mean_g, mean_gn);
+        g[c] = grad;  // unrounded, for the branches
+        grad_x[c] = narrow<T>(grad);
+      }
+    });
+    const auto grad = [=](int64_t c) STITCHVM_LAMBDA { return g[c]; };
+    if (gate != nullptr) gated(gate, grad, p.grad_branch + row * channels, channels);
+    if (gate2 != nullptr) gated(gate2, grad, p.grad_branch2 + row * channels, channels);
   }
 
   static STITCHVM_INLINE void run(const ResidualNormGradParams<T>& p, int64_t begin, int64_t end) {
     const int64_t channels = p.rows.channels;
     const A base = scale_base<A>(p.affine);
+    std::vector<A> g(p.grad_y == nullptr ? 0 : channels);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t index = table_row(p.rows, row);
       if (p.grad_y == nullptr) {
@@ -165,13 +191,14 @@ struct ResidualNormGradKernel {
       const Row<T> grad{p.grad_y + row * channels};
       const Row<T> scale{p.scale.row(index)};
       if (p.grad_y2 == nullptr) {
-        norm_row(p, row, index, [=](int64_t c) STITCHVM_LAMBDA { return grad(c) * (base + scale(c)); });
+        norm_row(p, row, index, [=](int64_t c) STITCHVM_LAMBDA { return grad(c) * (base + scale(c)); }, g.data());
       } else {
         const Row<T> grad2{p.grad_y2 + row * channels};
         const Row<T> scale2{p.scale2.row(index)};
-        norm_row(p, row, index, [=](int64_t c) STITCHVM_LAMBDA {
-          return grad(c) * (base + scale(c)) + grad2(c) * (base + scale2(c));
-        });
+        norm_row(
+            p, row, index,
+            [=](int64_t c) STITCHVM_LAMBDA { return grad(c) * (base + scale(c)) + grad2(c) * (base + scale2(c)); },
+            g.data());
       }
     }
   }
