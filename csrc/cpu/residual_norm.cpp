@@ -2,31 +2,117 @@
 #include "../args/residual_norm.h"
 
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
-#include "lane_sum.h"
+#include "channels.h"
+#include "lane_sum.h"  // STITCHVM_LAMBDA
 #include "launch.h"
 
 namespace stitchvm {
 namespace {
 
-// What an inner loop reads at channel c: an element of a row, or a constant where the row is absent. Choosing between
+// What an inner loop reads at channel c: elements of a row, or a constant where the row is absent. Choosing between
 // them once per row keeps the loops free of tests.
 template <class T>
 struct Row {
   const T* data;
-  STITCHVM_INLINE Accumulate<T> operator()(int64_t c) const { return widen(data[c]); }
+  template <int kValues>
+  STITCHVM_INLINE void operator()(int64_t c, Accumulate<T> (&v)[kValues]) const {
+    load<kValues>(data + c, v);
+  }
 };
 
-template <class A, int kValue>
-struct Constant {
-  STITCHVM_INLINE A operator()(int64_t) const { return A(kValue); }
+template <class T, int kValue>
+struct ConstantRow {
+  template <int kValues>
+  STITCHVM_INLINE void operator()(int64_t, Accumulate<T> (&v)[kValues]) const {
+    for (int k = 0; k < kValues; ++k) v[k] = Accumulate<T>(kValue);
+  }
 };
 
 // f(the row at data), or f(the constant) where data is null.
 template <int kValue, class T, class F>
 STITCHVM_INLINE auto with_row(const T* data, F f) {
-  return data != nullptr ? f(Row<T>{data}) : f(Constant<Accumulate<T>, kValue>{});
+  return data != nullptr ? f(Row<T>{data}) : f(ConstantRow<T, kValue>{});
+}
+
+// The sum of kLanes partial sums, a power of two, in a fixed order.
+template <int kLanes, class A>
+STITCHVM_INLINE A tree_sum(A* lanes) {
+  if constexpr (kLanes > 1) {
+#pragma omp simd
+    for (int l = 0; l < kLanes / 2; ++l) lanes[l] += lanes[l + kLanes / 2];
+    return tree_sum<kLanes / 2>(lanes);
+  }
+  return lanes[0];
+}
+
+template <class A>
+struct TwoSums {
+  A first;
+  A second;
+};
+
+// Two sums over the channels at once, in the manner of lane_sum: term(c, width, a, b) sets a[k] and b[k] to the terms
+// of channel c + k. 32 interleaved partial sums of each, which fit the registers.
+template <class T, class F>
+STITCHVM_INLINE TwoSums<Accumulate<T>> channel_sums(int64_t channels, F term) {
+  using A = Accumulate<T>;
+  constexpr int kValues = kLaneValues<T>;
+  constexpr int kLanes = 32 / kValues;
+  A first[kLanes] = {}, second[kLanes] = {};
+  A first_odd[kLanes] = {}, second_odd[kLanes] = {};  // of the other half of a pair
+  int64_t i = 0;
+  for (; (i + kLanes) * kValues <= channels; i += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      A a[kValues], b[kValues];
+      term((i + l) * kValues, LaneWidth<kValues>{}, a, b);
+      first[l] += a[0];
+      second[l] += b[0];
+      if constexpr (kValues == 2) {
+        first_odd[l] += a[1];
+        second_odd[l] += b[1];
+      }
+    }
+  }
+  int64_t c = i * kValues;
+  for (int l = 0; c < channels; ++c, l = (l + 1) % kLanes) {
+    A a[1], b[1];
+    term(c, LaneWidth<1>{}, a, b);
+    first[l] += a[0];
+    second[l] += b[0];
+  }
+  return {tree_sum<kLanes>(first) + tree_sum<kLanes>(first_odd),
+          tree_sum<kLanes>(second) + tree_sum<kLanes>(second_odd)};
+}
+
+// One sum, with twice the lanes.
+template <class T, class F>
+STITCHVM_INLINE Accumulate<T> channel_sum(int64_t channels, F term) {
+  using A = Accumulate<T>;
+  constexpr int kValues = kLaneValues<T>;
+  constexpr int kLanes = 64 / kValues;
+  A lanes[kLanes] = {};
+  A odd[kLanes] = {};
+  int64_t i = 0;
+  for (; (i + kLanes) * kValues <= channels; i += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      A v[kValues];
+      term((i + l) * kValues, LaneWidth<kValues>{}, v);
+      lanes[l] += v[0];
+      if constexpr (kValues == 2) odd[l] += v[1];
+    }
+  }
+  int64_t c = i * kValues;
+  for (int l = 0; c < channels; ++c, l = (l + 1) % kLanes) {
+    A v[1];
+    term(c, LaneWidth<1>{}, v);
+    lanes[l] += v[0];
+  }
+  return tree_sum<kLanes>(lanes) + tree_sum<kLanes>(odd);
 }
 
 STITCHVM_INLINE int64_t table_row(const RowLayout& rows, int64_t row) {
@@ -34,13 +120,25 @@ STITCHVM_INLINE int64_t table_row(const RowLayout& rows, int64_t row) {
   return rows.index == nullptr ? sample : rows.index[sample];
 }
 
-// residual[c] = value(c), rounded; returns the sum of the rounded row.
-template <class T, class F>
-STITCHVM_INLINE Accumulate<T> store_and_sum(T* residual, int64_t channels, F value) {
-  return lane_sum<Accumulate<T>>(channels, [=](int64_t c) STITCHVM_LAMBDA {
-    const Accumulate<T> v = value(c);
-    residual[c] = narrow<T>(v);
-    return widen(narrow<T>(v));
+// residual = x + gate * branch + gate2 * branch2, rounded; returns the sum of the rounded row.
+template <class T, class Gate, class Branch2, class Gate2>
+STITCHVM_INLINE Accumulate<T> store_and_sum(const T* x, const T* branch, Gate gate, Branch2 branch2, Gate2 gate2,
+                                            T* residual, int64_t channels) {
+  using A = Accumulate<T>;
+  return channel_sum<T>(channels, [=](int64_t c, auto width, auto& rounded) STITCHVM_LAMBDA {
+    constexpr int kValues = decltype(width)::value;
+    A h[kValues], b[kValues], g[kValues];
+    load<kValues>(x + c, h);
+    load<kValues>(branch + c, b);
+    gate(c, g);
+    for (int k = 0; k < kValues; ++k) h[k] += g[k] * b[k];
+    if constexpr (!std::is_same_v<Branch2, ConstantRow<T, 0>>) {
+      branch2(c, b);
+      gate2(c, g);
+      for (int k = 0; k < kValues; ++k) h[k] += g[k] * b[k];
+    }
+    store<kValues>(residual + c, h);
+    for (int k = 0; k < kValues; ++k) rounded[k] = widen(narrow<T>(h[k]));
   });
 }
 
@@ -48,26 +146,54 @@ template <class T>
 STITCHVM_INLINE Accumulate<T> store_residual(const ResidualNormParams<T>& p, int64_t row, int64_t index, T* residual) {
   using A = Accumulate<T>;
   const int64_t channels = p.rows.channels;
-  const Row<T> x{p.x + row * channels};
-  const Row<T> branch{p.branch + row * channels};
-  const T* data2 = p.branch2 == nullptr ? nullptr : p.branch2 + row * channels;
+  const T* x = p.x + row * channels;
+  const T* branch = p.branch + row * channels;
   return with_row<1>(p.gate.row(index), [&](auto gate) STITCHVM_LAMBDA -> A {
-    if (data2 == nullptr) {
-      return store_and_sum(residual, channels, [=](int64_t c) STITCHVM_LAMBDA { return x(c) + gate(c) * branch(c); });
+    if (p.branch2 == nullptr) {
+      return store_and_sum(x, branch, gate, ConstantRow<T, 0>{}, ConstantRow<T, 0>{}, residual, channels);
     }
-    const Row<T> branch2{data2};
+    const Row<T> branch2{p.branch2 + row * channels};
     return with_row<1>(p.gate2.row(index), [&](auto gate2) STITCHVM_LAMBDA -> A {
-      return store_and_sum(residual, channels, [=](int64_t c) STITCHVM_LAMBDA {
-        return x(c) + gate(c) * branch(c) + gate2(c) * branch2(c);
-      });
+      return store_and_sum(x, branch, gate, branch2, gate2, residual, channels);
     });
   });
 }
 
 template <class T>
 struct ResidualNormKernel {
+  using A = Accumulate<T>;
+
+  static STITCHVM_INLINE A sum_of(const T* h, int64_t channels) {
+    return channel_sum<T>(
+        channels, [=](int64_t c, auto width, auto& v) STITCHVM_LAMBDA { load<decltype(width)::value>(h + c, v); });
+  }
+
+  static STITCHVM_INLINE A rstd_of(const T* h, int64_t channels, A mean, double eps) {
+    // Squares of deviations, not E[h^2] - mean^2: activations of diffusion transformers have large outlier channels.
+    const A square = channel_sum<T>(channels, [=](int64_t c, auto width, auto& v) STITCHVM_LAMBDA {
+      constexpr int kValues = decltype(width)::value;
+      load<kValues>(h + c, v);
+      for (int k = 0; k < kValues; ++k) v[k] = (v[k] - mean) * (v[k] - mean);
+    });
+    return A(1) / std::sqrt(square / A(channels) + A(eps));
+  }
+
+  static STITCHVM_INLINE void modulate(const T* h, A mean, A rstd, A base, const T* scale, const T* shift_data, T* y,
+                                       int64_t channels) {
+    with_row<0>(shift_data, [=](auto shift) STITCHVM_LAMBDA {
+      for_channels<T>(channels, [=](int64_t c, auto width) STITCHVM_LAMBDA {
+        constexpr int kValues = decltype(width)::value;
+        A v[kValues], s[kValues], t[kValues];
+        load<kValues>(h + c, v);
+        load<kValues>(scale + c, s);
+        shift(c, t);
+        for (int k = 0; k < kValues; ++k) v[k] = norm_value(v[k], mean, rstd, base + s[k], t[k]);
+        store<kValues>(y + c, v);
+      });
+    });
+  }
+
   static STITCHVM_INLINE void run(const ResidualNormParams<T>& p, int64_t begin, int64_t end) {
-    using A = Accumulate<T>;
     const int64_t channels = p.rows.channels;
     const A base = scale_base<A>(p.affine);
     for (int64_t row = begin; row < end; ++row) {
@@ -79,99 +205,98 @@ struct ResidualNormKernel {
         sum = store_residual(p, row, index, residual);
         h = residual;
       } else {
-        sum = lane_sum<A>(channels, [=](int64_t c) STITCHVM_LAMBDA { return widen(h[c]); });
+        sum = sum_of(h, channels);
       }
       if (p.y == nullptr) continue;
       const A mean = sum / A(channels);
-      // Squares of deviations, not E[h^2] - mean^2: activations of diffusion transformers have large outlier channels.
-      const A square = lane_sum<A>(channels, [=](int64_t c) STITCHVM_LAMBDA {
-        const A d = widen(h[c]) - mean;
-        return d * d;
-      });
-      const A rstd = A(1) / std::sqrt(square / A(channels) + A(p.eps));
-      const auto modulate = [=](const T* scale, const T* shift_data, T* y) STITCHVM_LAMBDA {
-        with_row<0>(shift_data, [=](auto shift) STITCHVM_LAMBDA {
-#pragma omp simd
-          for (int64_t c = 0; c < channels; ++c) {
-            y[c] = narrow<T>(norm_value(widen(h[c]), mean, rstd, base + widen(scale[c]), shift(c)));
-          }
-        });
-      };
-      modulate(p.scale.row(index), p.shift.row(index), p.y + row * channels);
-      if (p.y2 != nullptr) modulate(p.scale2.row(index), p.shift2.row(index), p.y2 + row * channels);
+      const A rstd = rstd_of(h, channels, mean, p.eps);
+      modulate(h, mean, rstd, base, p.scale.row(index), p.shift.row(index), p.y + row * channels, channels);
+      if (p.y2 == nullptr) continue;
+      modulate(h, mean, rstd, base, p.scale2.row(index), p.shift2.row(index), p.y2 + row * channels, channels);
     }
   }
 };
 
-// Two sums at once, as lane_sum does one: term(c, a, b) adds to a and b. Half the lanes of each, so that they fit the
-// registers.
-template <class A, class F>
-STITCHVM_INLINE void lane_sums(int64_t n, A (&sums)[2], F term) {
-  constexpr int kLanes = 32;
-  A a[kLanes] = {};
-  A b[kLanes] = {};
-  int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) {
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) term(c + l, a[l], b[l]);
+// A row of unrounded values, channel c + k of a lane of kValues. The halves of bfloat16 pairs lie apart, so that they
+// are stored without shuffles.
+template <class T>
+struct Scratch {
+  using A = Accumulate<T>;
+  A* data;
+  int64_t half;
+
+  template <int kValues>
+  STITCHVM_INLINE A& at(int64_t c, int k) const {
+    if constexpr (kLaneValues<T> == 1) return data[c];
+    if constexpr (kValues == 1) return data[c / 2 + c % 2 * half];
+    // data[c / 2 + k * half], but in bytes: the compiler cannot know that c is even, and would divide.
+    return *reinterpret_cast<A*>(reinterpret_cast<char*>(data + k * half) + c * static_cast<int64_t>(sizeof(A) / 2));
   }
-  for (int l = 0; c + l < n; ++l) term(c + l, a[l], b[l]);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) {
-      a[l] += a[l + half];
-      b[l] += b[l + half];
-    }
-  }
-  sums[0] = a[0];
-  sums[1] = b[0];
-}
+};
 
 template <class T>
 struct ResidualNormGradKernel {
   using A = Accumulate<T>;
 
-  // grad_branch = gate * grad over `count` channels.
+  // grad_branch = gate * grad.
   template <class G>
-  static STITCHVM_INLINE void gated(const T* gate, G grad, T* grad_branch, int64_t count) {
-#pragma omp simd
-    for (int64_t c = 0; c < count; ++c) grad_branch[c] = narrow<T>(widen(gate[c]) * grad(c));
+  static STITCHVM_INLINE void gated(const T* gate, G grad, T* grad_branch, int64_t channels) {
+    for_channels<T>(channels, [=](int64_t c, auto width) STITCHVM_LAMBDA {
+      constexpr int kValues = decltype(width)::value;
+      A g[kValues], v[kValues];
+      load<kValues>(gate + c, g);
+      grad(c, v);
+      for (int k = 0; k < kValues; ++k) v[k] *= g[k];
+      store<kValues>(grad_branch + c, v);
+    });
   }
 
-  // `gradient(c)` is the gradient of the normalised row; `g` has room for it.
+  // `gradient(c, v)` reads the gradient of the normalised row; `g` has room for it.
   template <class G>
   static STITCHVM_INLINE void norm_row(const ResidualNormGradParams<T>& p, int64_t row, int64_t index, G gradient,
-                                       A* g) {
+                                       Scratch<T> g) {
     const int64_t channels = p.rows.channels;
     const T* h = p.residual + row * channels;
-    A sums[2];
-    lane_sums(channels, sums, [=](int64_t c, A& sum, A& sum_g) STITCHVM_LAMBDA {
-      g[c] = gradient(c);
-      sum += widen(h[c]);
-      sum_g += g[c];
+    const auto sums = channel_sums<T>(channels, [=](int64_t c, auto width, auto& v, auto& v_g) STITCHVM_LAMBDA {
+      constexpr int kValues = decltype(width)::value;
+      load<kValues>(h + c, v);
+      gradient(c, v_g);
+      for (int k = 0; k < kValues; ++k) g.template at<kValues>(c, k) = v_g[k];
     });
-    const A mean = sums[0] / A(channels);
-    const A mean_g = sums[1] / A(channels);
-    lane_sums(channels, sums, [=](int64_t c, A& square, A& sum_gd) STITCHVM_LAMBDA {
-      const A d = widen(h[c]) - mean;
-      square += d * d;
-      sum_gd += g[c] * d;
-    });
-    const A rstd = A(1) / std::sqrt(sums[0] / A(channels) + A(p.eps));
-    const A mean_gn = sums[1] / A(channels) * rstd;
-    const T* gate = p.gate.row(index);
-    const T* gate2 = p.gate2.row(index);
-    const T* grad_residual = p.grad_residual == nullptr ? nullptr : p.grad_residual + row * channels;
-    T* grad_x = p.grad_x + row * channels;
-    with_row<0>(grad_residual, [=](auto straight) STITCHVM_LAMBDA {
-#pragma omp simd
-      for (int64_t c = 0; c < channels; ++c) {
-        const A n = (widen(h[c]) - mean) * rstd;
-        const A grad = straight(c) + norm_grad_value(g[c], n, rstd, mean_g, mean_gn);
-        g[c] = grad;  // unrounded, for the branches
-        grad_x[c] = narrow<T>(grad);
+    const A mean = sums.first / A(channels);
+    const A mean_g = sums.second / A(channels);
+    const auto products = channel_sums<T>(channels, [=](int64_t c, auto width, auto& v, auto& v_g) STITCHVM_LAMBDA {
+      constexpr int kValues = decltype(width)::value;
+      load<kValues>(h + c, v);
+      for (int k = 0; k < kValues; ++k) {
+        const A d = v[k] - mean;
+        v[k] = d * d;
+        v_g[k] = g.template at<kValues>(c, k) * d;
       }
     });
-    const auto grad = [=](int64_t c) STITCHVM_LAMBDA { return g[c]; };
+    const A rstd = A(1) / std::sqrt(products.first / A(channels) + A(p.eps));
+    const A mean_gn = products.second / A(channels) * rstd;
+    const T* gate = p.gate.row(index);
+    const T* gate2 = p.gate2.row(index);
+    T* grad_x = p.grad_x + row * channels;
+    with_row<0>(
+        p.grad_residual == nullptr ? nullptr : p.grad_residual + row * channels, [=](auto straight) STITCHVM_LAMBDA {
+          for_channels<T>(channels, [=](int64_t c, auto width) STITCHVM_LAMBDA {
+            constexpr int kValues = decltype(width)::value;
+            A v[kValues], grad[kValues];
+            load<kValues>(h + c, v);
+            straight(c, grad);
+            for (int k = 0; k < kValues; ++k) {
+              grad[k] += norm_grad_value(g.template at<kValues>(c, k), (v[k] - mean) * rstd, rstd, mean_g, mean_gn);
+              g.template at<kValues>(c, k) = grad[k];  // unrounded, for the branches
+            }
+            store<kValues>(grad_x + c, grad);
+          });
+        });
+    const auto grad = [=](int64_t c, auto& v) STITCHVM_LAMBDA {
+      constexpr int kValues = std::extent_v<std::remove_reference_t<decltype(v)>>;
+      for (int k = 0; k < kValues; ++k) v[k] = g.template at<kValues>(c, k);
+    };
     if (gate != nullptr) gated(gate, grad, p.grad_branch + row * channels, channels);
     if (gate2 != nullptr) gated(gate2, grad, p.grad_branch2 + row * channels, channels);
   }
@@ -179,7 +304,8 @@ struct ResidualNormGradKernel {
   static STITCHVM_INLINE void run(const ResidualNormGradParams<T>& p, int64_t begin, int64_t end) {
     const int64_t channels = p.rows.channels;
     const A base = scale_base<A>(p.affine);
-    std::vector<A> g(p.grad_y == nullptr ? 0 : channels);
+    std::vector<A> values(p.grad_y == nullptr ? 0 : channels);
+    const Scratch<T> g{values.data(), (channels + 1) / 2};
     for (int64_t row = begin; row < end; ++row) {
       const int64_t index = table_row(p.rows, row);
       if (p.grad_y == nullptr) {
@@ -188,18 +314,30 @@ struct ResidualNormGradKernel {
         if (p.gate2.data != nullptr) gated(p.gate2.row(index), grad, p.grad_branch2 + row * channels, channels);
         continue;
       }
-      const Row<T> grad{p.grad_y + row * channels};
-      const Row<T> scale{p.scale.row(index)};
+      const T* grad_y = p.grad_y + row * channels;
+      const T* scale = p.scale.row(index);
+      const auto gradient = [=](int64_t c, auto& v) STITCHVM_LAMBDA {
+        constexpr int kValues = std::extent_v<std::remove_reference_t<decltype(v)>>;
+        A s[kValues];
+        load<kValues>(grad_y + c, v);
+        load<kValues>(scale + c, s);
+        for (int k = 0; k < kValues; ++k) v[k] *= base + s[k];
+      };
       if (p.grad_y2 == nullptr) {
-        norm_row(p, row, index, [=](int64_t c) STITCHVM_LAMBDA { return grad(c) * (base + scale(c)); }, g.data());
-      } else {
-        const Row<T> grad2{p.grad_y2 + row * channels};
-        const Row<T> scale2{p.scale2.row(index)};
-        norm_row(
-            p, row, index,
-            [=](int64_t c) STITCHVM_LAMBDA { return grad(c) * (base + scale(c)) + grad2(c) * (base + scale2(c)); },
-            g.data());
+        norm_row(p, row, index, gradient, g);
+        continue;
       }
+      const T* grad_y2 = p.grad_y2 + row * channels;
+      const T* scale2 = p.scale2.row(index);
+      const auto both = [=](int64_t c, auto& v) STITCHVM_LAMBDA {
+        constexpr int kValues = std::extent_v<std::remove_reference_t<decltype(v)>>;
+        A v2[kValues], s2[kValues];
+        gradient(c, v);
+        load<kValues>(grad_y2 + c, v2);
+        load<kValues>(scale2 + c, s2);
+        for (int k = 0; k < kValues; ++k) v[k] += v2[k] * (base + s2[k]);
+      };
+      norm_row(p, row, index, both, g);
     }
   }
 };
