@@ -37,14 +37,22 @@ struct alignas(sizeof(T) * kVec) Packed {
 template <class T>
 constexpr int kWide = 16 / static_cast<int>(sizeof(T));
 
+#ifdef STITCHVM_EMULATE
+#define STITCHVM_CHECK_ALIGNED(p, bytes) ::stitchvm::emulator::check_aligned(p, bytes)
+#else
+#define STITCHVM_CHECK_ALIGNED(p, bytes)  // a GPU faults by itself
+#endif
+
 // p must be aligned to kVec elements, in all of these.
 template <int kVec, class T>
 __device__ __forceinline__ Packed<T, kVec> load_packed(const T* p) {
+  STITCHVM_CHECK_ALIGNED(p, sizeof(T) * kVec);
   return *reinterpret_cast<const Packed<T, kVec>*>(p);
 }
 
 template <int kVec, class T>
 __device__ __forceinline__ void store_packed(T* p, const Packed<T, kVec>& v) {
+  STITCHVM_CHECK_ALIGNED(p, sizeof(T) * kVec);
   *reinterpret_cast<Packed<T, kVec>*>(p) = v;
 }
 

@@ -7,7 +7,6 @@ to two modulations. `adaln`, `gated_residual`, `gated_residual_adaln` and `layer
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -269,18 +268,13 @@ def residual_norm_input_grad(
         _check_rows("residual_norm_input_grad", rows, (gate, gate2, scale, scale2))
     if chosen == "reference":
         return reference.residual_norm_input_grad(*args)
-    grad_x, grad_branch, grad_branch2 = _op("residual_norm_input_grad", chosen)(*args)
+    grad_x, grad_branch, grad_branch2 = _loader.op("residual_norm_input_grad", chosen).default(*args)
     norm = grad_y is not None or grad_y2 is not None
     return (
         grad_x if norm else None,
         grad_branch if gate is not None else None,
         grad_branch2 if gate2 is not None else None,
     )
-
-
-@functools.cache
-def _op(name: str, chosen: str) -> Any:
-    return _loader.op(name, chosen).default
 
 
 def _run(op: str, backend: str | None, *args: Any) -> Results:
@@ -303,7 +297,7 @@ def _run(op: str, backend: str | None, *args: Any) -> Results:
             chosen = "reference"
     if chosen == "reference":
         return reference.residual_norm(*args)
-    residual, y, y2 = _op("residual_norm", chosen)(*args)
+    residual, y, y2 = _loader.op("residual_norm", chosen).default(*args)
     return (
         residual if branch is not None else None,
         y if scale is not None else None,
@@ -391,9 +385,12 @@ def register(namespace: str) -> None:
         x, branch, gate, _, gate2, scale, _, scale2, _, rows, ctx.affine, ctx.eps = inputs
         residual = x if branch is None else output[0]
         ctx.save_for_backward(None if scale is None else residual, gate, gate2, scale, scale2, rows)
+        ctx.present = tuple(t is not None for t in (branch, scale, scale2))
         ctx.set_materialize_grads(False)
 
-    def backward(ctx, grad_residual, grad_y, grad_y2):
+    def backward(ctx, *grads):
+        # An absent result is an empty tensor, for which a gradient may come too.
+        grad_residual, grad_y, grad_y2 = (g if here else None for g, here in zip(grads, ctx.present, strict=True))
         needs = ctx.needs_input_grad
         if any(needs[i] for i in (2, 4, 5, 6, 7, 8)):
             raise RuntimeError(
@@ -408,8 +405,8 @@ def register(namespace: str) -> None:
         norm = grad_y is not None or grad_y2 is not None
         grad_x, grad_branch, grad_branch2 = grad_residual, None, None
         if norm or gate is not None or gate2 is not None:
-            grads = (grad_residual, grad_y, grad_y2)
-            result = input_grad(*grads, residual, gate, gate2, scale, scale2, rows, ctx.affine, ctx.eps)
+            tables = (gate, gate2, scale, scale2, rows)
+            result = input_grad(grad_residual, grad_y, grad_y2, residual, *tables, ctx.affine, ctx.eps)
             grad_x = result[0] if norm else grad_residual
             grad_branch, grad_branch2 = result[1:]
         return (
