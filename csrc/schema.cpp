@@ -60,11 +60,6 @@ STITCHVM_DEFINE_OPS(STITCHVM_NAMESPACE, m) {
   m.def("resample_tokens_input_grad(Tensor grad, int h, int w, int out_h, int out_w) -> Tensor");
   m.def("resample_tokens_input_grad.out(Tensor grad, int h, int w, int out_h, int out_w, *, Tensor(a!) out) -> ()");
 
-  m.def("adaln(Tensor x, Tensor scale, Tensor shift, float eps) -> Tensor");
-  m.def("adaln.out(Tensor x, Tensor scale, Tensor shift, float eps, *, Tensor(a!) out) -> ()");
-  m.def("adaln_input_grad(Tensor grad, Tensor x, Tensor scale, float eps) -> Tensor");
-  m.def("adaln_input_grad.out(Tensor grad, Tensor x, Tensor scale, float eps, *, Tensor(a!) out) -> ()");
-
   // One sampling step; returns the next latents and, per sample, the norms of the velocity and of the gradient.
   m.def(
       "guidance_step(Tensor latents, Tensor cond, Tensor? uncond, Tensor? grad, Tensor? noise, float guidance_scale, "

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from ._info import format_info, info
-from .adaln import adaln
 from .resample_tokens import resample_tokens
+from .residual_norm import adaln, gated_residual, gated_residual_adaln, layer_norm
 
-__all__ = ["adaln", "format_info", "info", "resample_tokens"]
+__all__ = [
+    "adaln",
+    "format_info",
+    "gated_residual",
+    "gated_residual_adaln",
+    "info",
+    "layer_norm",
+    "resample_tokens",
+]

@@ -10,10 +10,10 @@ import torch
 
 from .._version import __version__
 from . import _loader
-from .adaln import KERNELS as ADALN
 from .resample_tokens import KERNELS as RESAMPLE_TOKENS
+from .residual_norm import KERNELS as RESIDUAL_NORM
 
-OPS = {"adaln": ADALN, "resample_tokens": RESAMPLE_TOKENS}
+OPS = {"resample_tokens": RESAMPLE_TOKENS, "residual_norm": RESIDUAL_NORM}
 
 
 def info() -> dict[str, Any]:

@@ -13,24 +13,89 @@ def _accumulate_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
-    """(1 + scale) * LayerNorm(x) + shift; x [B, N, C], scale and shift [B, C] or [1, C]."""
-    dtype = _accumulate_dtype(x)
-    h = x.to(dtype)
-    deviation = h - h.mean(-1, keepdim=True)
-    normalized = deviation * torch.rsqrt(deviation.square().mean(-1, keepdim=True) + eps)
-    return ((1 + scale.to(dtype)[:, None]) * normalized + shift.to(dtype)[:, None]).to(x.dtype)
+def _table(t: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The row of a [R, C] table for each sample, to broadcast over tokens: [B, 1, C] (or [1, 1, C])."""
+    return (t if rows is None else t.index_select(0, rows)).to(dtype)[:, None]
 
 
-def adaln_input_grad(grad: Tensor, x: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """Gradient of `adaln` for x: rstd * (g - mean(g) - n * mean(g * n)), g = grad * (1 + scale), n = LayerNorm(x)."""
-    dtype = _accumulate_dtype(x)
-    h = x.to(dtype)
+def _normalized(h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """LayerNorm(h) without affine, and 1 / std."""
     deviation = h - h.mean(-1, keepdim=True)
     rstd = torch.rsqrt(deviation.square().mean(-1, keepdim=True) + eps)
-    n = deviation * rstd
-    g = grad.to(dtype) * (1 + scale.to(dtype)[:, None])
-    return (rstd * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))).to(x.dtype)
+    return deviation * rstd, rstd
+
+
+def residual_norm(
+    x: Tensor,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    branch2: Tensor | None = None,
+    gate2: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale2: Tensor | None = None,
+    shift2: Tensor | None = None,
+    rows: Tensor | None = None,
+    affine: bool = False,
+    eps: float = 1e-6,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """residual = x + gate * branch + gate2 * branch2 and LayerNorm(residual) * (1 + scale) + shift, once or twice.
+
+    x and branches [B, N, C]; gates, scales and shifts [R, C] with R in (1, B), or any R and rows [B], which says the
+    row of each sample. `affine` takes the factor `scale` instead of `1 + scale`. Without a branch, x is the residual.
+
+    Returns:
+        (residual, y, y2): None without a branch, a scale, a scale2.
+    """
+    dtype = _accumulate_dtype(x)
+    h = x.to(dtype)
+    for b, g in ((branch, gate), (branch2, gate2)):
+        if b is not None:
+            h = h + (b.to(dtype) if g is None else _table(g, rows, dtype) * b.to(dtype))
+    residual = None if branch is None else h.to(x.dtype)
+    if scale is None:
+        return residual, None, None
+    n, _ = _normalized(h if residual is None else residual.to(dtype), eps)
+
+    def modulated(scale: Tensor, shift: Tensor | None) -> Tensor:
+        y = n * ((0 if affine else 1) + _table(scale, rows, dtype))
+        return (y if shift is None else y + _table(shift, rows, dtype)).to(x.dtype)
+
+    return residual, modulated(scale, shift), None if scale2 is None else modulated(scale2, shift2)
+
+
+def residual_norm_input_grad(
+    grad_residual: Tensor | None = None,
+    grad_y: Tensor | None = None,
+    grad_y2: Tensor | None = None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate2: Tensor | None = None,
+    scale: Tensor | None = None,
+    scale2: Tensor | None = None,
+    rows: Tensor | None = None,
+    affine: bool = False,
+    eps: float = 1e-6,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `residual_norm` for x and the gated branches.
+
+    With g = grad_y * (1 + scale) + grad_y2 * (1 + scale2) and n = LayerNorm(residual):
+    grad_x = grad_residual + rstd * (g - mean(g) - n * mean(g * n)), grad_branch = gate * grad_x.
+
+    Returns:
+        (grad_x, grad_branch, grad_branch2): grad_x is None without grad_y and grad_y2 (it is grad_residual then), a
+        branch's gradient is None without its gate (it is that of x then).
+    """
+    like = next(t for t in (grad_residual, grad_y, grad_y2) if t is not None)
+    dtype = _accumulate_dtype(like)
+    grad = 0 if grad_residual is None else grad_residual.to(dtype)
+    through_norm = [(g, s) for g, s in ((grad_y, scale), (grad_y2, scale2)) if g is not None]
+    if through_norm:
+        n, rstd = _normalized(residual.to(dtype), eps)
+        g = sum(g.to(dtype) * ((0 if affine else 1) + _table(s, rows, dtype)) for g, s in through_norm)
+        grad = grad + rstd * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))
+    branches = (None if t is None else (_table(t, rows, dtype) * grad).to(like.dtype) for t in (gate, gate2))
+    return grad.to(like.dtype) if through_norm else None, *branches
 
 
 def _taps(size: int, out_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
