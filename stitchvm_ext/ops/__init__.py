@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ._info import format_info, info
+from .activation import gelu, gelu_tanh, quick_gelu, silu
 from .adaln import adaln
 from .resample_tokens import resample_tokens
 
-__all__ = ["adaln", "format_info", "info", "resample_tokens"]
+__all__ = ["adaln", "format_info", "gelu", "gelu_tanh", "info", "quick_gelu", "resample_tokens", "silu"]

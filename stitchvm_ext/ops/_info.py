@@ -10,10 +10,11 @@ import torch
 
 from .._version import __version__
 from . import _loader
+from .activation import KERNELS as ACTIVATION
 from .adaln import KERNELS as ADALN
 from .resample_tokens import KERNELS as RESAMPLE_TOKENS
 
-OPS = {"adaln": ADALN, "resample_tokens": RESAMPLE_TOKENS}
+OPS = {"activation": ACTIVATION, "adaln": ADALN, "resample_tokens": RESAMPLE_TOKENS}
 
 
 def info() -> dict[str, Any]:
