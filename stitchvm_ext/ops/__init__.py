@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._info import format_info, info
+from .activation import gelu, gelu_tanh, quick_gelu, silu
 from .resample_tokens import resample_tokens
 from .residual_norm import adaln, gated_residual, gated_residual_adaln, layer_norm
 
@@ -11,7 +12,11 @@ __all__ = [
     "format_info",
     "gated_residual",
     "gated_residual_adaln",
+    "gelu",
+    "gelu_tanh",
     "info",
     "layer_norm",
+    "quick_gelu",
     "resample_tokens",
+    "silu",
 ]

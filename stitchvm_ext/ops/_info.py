@@ -10,10 +10,11 @@ import torch
 
 from .._version import __version__
 from . import _loader
+from .activation import KERNELS as ACTIVATION
 from .resample_tokens import KERNELS as RESAMPLE_TOKENS
 from .residual_norm import KERNELS as RESIDUAL_NORM
 
-OPS = {"resample_tokens": RESAMPLE_TOKENS, "residual_norm": RESIDUAL_NORM}
+OPS = {"activation": ACTIVATION, "resample_tokens": RESAMPLE_TOKENS, "residual_norm": RESIDUAL_NORM}
 
 
 def info() -> dict[str, Any]:

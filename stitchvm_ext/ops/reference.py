@@ -5,7 +5,10 @@ They compute in float64 for float64 inputs and in float32 otherwise, and round o
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -136,3 +139,36 @@ def resample_tokens_input_grad(grad: Tensor, grid: tuple[int, int], out_grid: tu
     image = torch.einsum("ph,bpqc->bhqc", matrix(grid[0], out_grid[0]), image)
     image = torch.einsum("qw,bhqc->bhwc", matrix(grid[1], out_grid[1]), image)
     return image.flatten(1, 2).to(grad.dtype)
+
+
+def activation(x: Tensor, kind: int, bias: Tensor | None = None) -> Tensor:
+    """gelu, gelu_tanh, quick_gelu or silu (kind 0 to 3) of x + bias; x [..., C], bias [C]."""
+    dtype = _accumulate_dtype(x)
+    h = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
+    if kind == 0:
+        y = F.gelu(h)
+    elif kind == 1:
+        y = F.gelu(h, approximate="tanh")
+    elif kind == 2:
+        y = h * torch.sigmoid(1.702 * h)
+    else:
+        y = F.silu(h)
+    return y.to(x.dtype).contiguous()
+
+
+def activation_input_grad(grad: Tensor, x: Tensor, kind: int, bias: Tensor | None = None) -> Tensor:
+    """Gradient of `activation` for x: with y = h * s(h), grad * (s + h * s')."""
+    dtype = _accumulate_dtype(x)
+    h = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
+    if kind == 0:
+        s = torch.special.ndtr(h)
+        slope = torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)
+    elif kind == 1:
+        a = 2 * math.sqrt(2 / math.pi)
+        s = torch.sigmoid(a * (h + 0.044715 * h**3))
+        slope = s * (1 - s) * a * (1 + 3 * 0.044715 * h * h)
+    else:
+        a = 1.702 if kind == 2 else 1.0
+        s = torch.sigmoid(a * h)
+        slope = s * (1 - s) * a
+    return (grad.to(dtype) * (s + h * slope)).to(x.dtype).contiguous()
