@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from ._info import format_info, info
 from .adaln import adaln
-from .resample_tokens import resample_tokens
+from .resample_tokens import resample_tokens, resample_tokens_input_grad
 
-__all__ = ["adaln", "format_info", "info", "resample_tokens"]
+__all__ = ["adaln", "format_info", "info", "resample_tokens", "resample_tokens_input_grad"]

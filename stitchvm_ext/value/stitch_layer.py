@@ -64,15 +64,10 @@ class StitchLayer(nn.Module):
         """Backbone tokens [B, N, C] on ``grid`` -> reward tokens [B, N', C'], or for j > 1 [B, P+N', C']."""
         tokens = tokens.to(self.project.weight.dtype)
         if self.out_grid[0] * self.out_grid[1] <= grid[0] * grid[1]:
-            y = self.project(resample_tokens(tokens, grid, self.out_grid))
-        else:
-            y = resample_tokens(self.project(tokens), grid, self.out_grid)
-        if self.position is not None:
-            y = y + self.position
-        y = y + self.mlp(y)
-        if self.prefix is not None:
-            y = torch.cat([self.prefix.expand(y.shape[0], -1, -1), y], dim=1)
-        return y
+            tokens, grid = resample_tokens(tokens, grid, self.out_grid), self.out_grid
+        y = F.linear(tokens, self.project.weight)
+        y = resample_tokens(y, grid, self.out_grid, bias=self.project.bias, position=self.position)
+        return resample_tokens(self.mlp(y), self.out_grid, self.out_grid, prefix=self.prefix, residual=y)
 
 
 def patchify(latents: Tensor, patch: int) -> Tensor:
