@@ -31,12 +31,13 @@ GENERATED = Path("build") / "generated"
 TORCH_TARGET = (2, 10)  # the oldest torch that the built libraries run on
 
 # Every compiler flag of the project. No fast-math and no contraction: the CPU kernels give the same bits with every
-# instruction set. -fopenmp-simd honours `omp simd`; it links no OpenMP runtime, threads come from torch.
+# instruction set. -fopenmp-simd honours `omp simd`; it links no OpenMP runtime, threads come from torch. -fno-wrapv
+# takes back what Python's own flags add: with it, index arithmetic in a loop stays opaque and keeps it scalar.
 COMMON_FLAGS = [f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000", "-DNDEBUG"]
 FLAGS = {
     "cxx": [
         *COMMON_FLAGS,
-        *["-O3", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
+        *["-O3", "-fno-wrapv", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
         *["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"],
     ],
     "nvcc": [*COMMON_FLAGS, "-O3", "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden", "-Xfatbin=-compress-all"],

@@ -55,10 +55,18 @@ STITCHVM_DEFINE_OPS(STITCHVM_NAMESPACE, m) {
   m.def("activation_input_grad(Tensor grad, Tensor x, Tensor? bias, int kind) -> Tensor");
   m.def("activation_input_grad.out(Tensor grad, Tensor x, Tensor? bias, int kind, *, Tensor(a!) out) -> ()");
 
-  m.def("resample_tokens(Tensor x, int h, int w, int out_h, int out_w) -> Tensor");
-  m.def("resample_tokens.out(Tensor x, int h, int w, int out_h, int out_w, *, Tensor(a!) out) -> ()");
-  m.def("resample_tokens_input_grad(Tensor grad, int h, int w, int out_h, int out_w) -> Tensor");
-  m.def("resample_tokens_input_grad.out(Tensor grad, int h, int w, int out_h, int out_w, *, Tensor(a!) out) -> ()");
+  // [prefix; resample(x) + bias + residual] + position.
+  m.def(
+      "resample_tokens(Tensor x, Tensor? bias, Tensor? position, Tensor? prefix, Tensor? residual, int h, int w, "
+      "int out_h, int out_w) -> Tensor");
+  m.def(
+      "resample_tokens.out(Tensor x, Tensor? bias, Tensor? position, Tensor? prefix, Tensor? residual, int h, int w, "
+      "int out_h, int out_w, *, Tensor(a!) out) -> ()");
+  m.def(
+      "resample_tokens_input_grad(Tensor grad, int prefix_tokens, int h, int w, int out_h, int out_w) -> Tensor");
+  m.def(
+      "resample_tokens_input_grad.out(Tensor grad, int prefix_tokens, int h, int w, int out_h, int out_w, *, "
+      "Tensor(a!) out) -> ()");
 
   // One sampling step; returns the next latents and, per sample, the norms of the velocity and of the gradient.
   m.def(

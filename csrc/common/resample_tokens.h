@@ -1,4 +1,5 @@
-// resample_tokens: bilinear, align_corners=False, no antialiasing. Shared by every backend; no torch headers.
+// resample_tokens: y = [prefix; resample(x) + bias + residual] + position, where the resampling is bilinear,
+// align_corners=False, no antialiasing. Shared by every backend; no torch headers.
 #pragma once
 
 #include <cstdint>
@@ -10,15 +11,34 @@ namespace stitchvm {
 // Sides up to here keep (2 * out + 1) * in inside 32 bits.
 constexpr int kMaxGridSide = 32767;
 
-// Tokens are row-major: the input is [batch, in_h * in_w, channels], the output [batch, out_h * out_w, channels], both
-// contiguous. The adjoint reads src = the output's gradient and writes dst = the input's gradient; the sides keep their
-// meaning.
+// Tokens are row-major and everything is contiguous: x is [batch, in_h * in_w, channels], y [batch, prefix_tokens +
+// out_h * out_w, channels]. The rest may be null: bias [channels], position [prefix_tokens + out_h * out_w, channels],
+// prefix [prefix_tokens, channels], residual [batch, out_h * out_w, channels].
 template <class T>
 struct ResampleParams {
-  const T* src;
-  T* dst;
+  const T* x;
+  const T* bias;
+  const T* position;
+  const T* prefix;
+  const T* residual;
+  T* y;
   int64_t batch;
   int64_t channels;
+  int64_t prefix_tokens;
+  int in_h;
+  int in_w;
+  int out_h;
+  int out_w;
+};
+
+// The adjoint of the resampling: grad like y, grad_x like x.
+template <class T>
+struct ResampleGradParams {
+  const T* grad;
+  T* grad_x;
+  int64_t batch;
+  int64_t channels;
+  int64_t prefix_tokens;
   int in_h;
   int in_w;
   int out_h;

@@ -16,16 +16,16 @@ def shape_of(t: Tensor) -> str:
     return "[" + ", ".join(str(n) for n in t.shape) + "]"
 
 
-def check_tokens(op: str, x: Tensor) -> None:
+def check_tokens(op: str, x: Tensor, name: str = "x") -> None:
     """x must be a strided floating-point [B, N, C] tensor."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: x: expected a tensor, got {type(x).__name__}")
+        raise TypeError(f"{op}: {name}: expected a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
-        raise TypeError(f"{op}: x: expected a floating-point dtype, got {x.dtype}")
+        raise TypeError(f"{op}: {name}: expected a floating-point dtype, got {x.dtype}")
     if x.layout != torch.strided:
-        raise TypeError(f"{op}: x: expected a strided (dense) tensor, got layout {x.layout}")
+        raise TypeError(f"{op}: {name}: expected a strided (dense) tensor, got layout {x.layout}")
     if x.dim() != 3:
-        raise ValueError(f"{op}: x: expected shape [B, N, C], got {shape_of(x)}")
+        raise ValueError(f"{op}: {name}: expected shape [B, N, C], got {shape_of(x)}")
 
 
 def check_like(op: str, name: str, t: Tensor, x: Tensor) -> None:

@@ -113,21 +113,49 @@ def _taps(size: int, out_size: int, dtype: torch.dtype, device: torch.device) ->
     return first, (first + 1).clamp_max(size - 1), weight
 
 
-def resample_tokens(x: Tensor, grid: tuple[int, int], out_grid: tuple[int, int]) -> Tensor:
+def _interpolate(x: Tensor, grid: tuple[int, int], out_grid: tuple[int, int]) -> Tensor:
     """Bilinear resampling (align_corners=False, no antialiasing) of row-major tokens [B, H*W, C] to [B, h*w, C]."""
-    dtype = _accumulate_dtype(x)
-    image = x.to(dtype).unflatten(1, grid)
-    first, second, weight = _taps(grid[0], out_grid[0], dtype, x.device)
+    image = x.unflatten(1, grid)
+    first, second, weight = _taps(grid[0], out_grid[0], x.dtype, x.device)
     weight = weight[:, None, None]
     image = (1 - weight) * image.index_select(1, first) + weight * image.index_select(1, second)
-    first, second, weight = _taps(grid[1], out_grid[1], dtype, x.device)
+    first, second, weight = _taps(grid[1], out_grid[1], x.dtype, x.device)
     weight = weight[:, None]
     image = (1 - weight) * image.index_select(2, first) + weight * image.index_select(2, second)
-    return image.flatten(1, 2).to(x.dtype)
+    return image.flatten(1, 2)
 
 
-def resample_tokens_input_grad(grad: Tensor, grid: tuple[int, int], out_grid: tuple[int, int]) -> Tensor:
-    """Adjoint of `resample_tokens`: grad [B, h*w, C] to [B, H*W, C], through dense interpolation matrices."""
+def resample_tokens(
+    x: Tensor,
+    grid: tuple[int, int],
+    out_grid: tuple[int, int],
+    bias: Tensor | None = None,
+    position: Tensor | None = None,
+    prefix: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """[prefix; resample(x) + bias + residual] + position: [B, P + h*w, C] from x [B, H*W, C]."""
+    dtype = _accumulate_dtype(x)
+    y = x.to(dtype)
+    if grid != out_grid:
+        y = _interpolate(y, grid, out_grid)
+    if bias is not None:
+        y = y + bias
+    if residual is not None:
+        y = y + residual
+    if prefix is not None:
+        y = torch.cat([prefix.to(dtype).expand(len(y), -1, -1), y], dim=1)
+    if position is not None:
+        y = y + position
+    return y.to(x.dtype, copy=y is x).contiguous()
+
+
+def resample_tokens_input_grad(
+    grad: Tensor, grid: tuple[int, int], out_grid: tuple[int, int], prefix_tokens: int = 0
+) -> Tensor:
+    """Adjoint of the resampling of `resample_tokens`: grad [B, P + h*w, C] to [B, H*W, C], through dense interpolation
+    matrices.
+    """
     dtype = _accumulate_dtype(grad)
 
     def matrix(size: int, out_size: int) -> Tensor:
@@ -135,7 +163,7 @@ def resample_tokens_input_grad(grad: Tensor, grid: tuple[int, int], out_grid: tu
         eye = torch.eye(size, dtype=dtype, device=grad.device)
         return (1 - weight)[:, None] * eye[first] + weight[:, None] * eye[second]
 
-    image = grad.to(dtype).unflatten(1, out_grid)
+    image = grad[:, prefix_tokens:].to(dtype).unflatten(1, out_grid)
     image = torch.einsum("ph,bpqc->bhqc", matrix(grid[0], out_grid[0]), image)
     image = torch.einsum("qw,bhqc->bhwc", matrix(grid[1], out_grid[1]), image)
     return image.flatten(1, 2).to(grad.dtype)

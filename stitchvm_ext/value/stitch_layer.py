@@ -81,14 +81,12 @@ class StitchLayer(nn.Module):
         tokens = tokens.to(self.project.weight.dtype)
         if self.resamples_first(grid):
             y = self.project(resample_tokens(tokens, grid, self.out_grid))
+            y = y if self.position is None else y + self.position
         else:
-            y = resample_tokens(self.project(tokens), grid, self.out_grid)
-        if self.position is not None:
-            y = y + self.position
-        y = y + self.mlp[3](silu(self.mlp[1](silu(y))))
-        if self.prefix is not None:
-            y = torch.cat([self.prefix.expand(y.shape[0], -1, -1), y], dim=1)
-        return y
+            y = F.linear(tokens, self.project.weight)
+            y = resample_tokens(y, grid, self.out_grid, bias=self.project.bias, position=self.position)
+        g = self.mlp[3](silu(self.mlp[1](silu(y))))
+        return resample_tokens(g, self.out_grid, self.out_grid, prefix=self.prefix, residual=y)
 
 
 def patchify(latents: Tensor, patch: int) -> Tensor:
