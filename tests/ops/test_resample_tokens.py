@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stitchvm_ext.ops import _loader, reference, resample_tokens, resample_tokens_input_grad
+from stitchvm_ext.ops import _loader, reference, resample_tokens
+from stitchvm_ext.ops.resample_tokens import resample_tokens_input_grad
 from tests.ops.op_helpers import (
     CPU_BACKENDS,
     OFFSETS,
