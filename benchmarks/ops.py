@@ -25,6 +25,14 @@ def eager_adaln(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
 
+def eager_gated_residual_adaln(
+    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The form in diffusers' transformer blocks."""
+    residual = x + gate[:, None] * branch
+    return residual, eager_adaln(residual, scale, shift)
+
+
 def eager_resample(x: Tensor, grid: tuple[int, int], out_grid: tuple[int, int]) -> Tensor:
     """Tokens to image, F.interpolate, image to contiguous tokens."""
     image = x.unflatten(1, grid).permute(0, 3, 1, 2)
@@ -41,7 +49,10 @@ def cases(device: str, dtype: torch.dtype) -> dict[str, tuple]:
 
     table = {}
     for b, n, c in ((2, 4096, 1536), (2, 256, 384)):
-        table[f"adaln [{b}, {n}, {c}]"] = (ops.adaln, eager_adaln, (randn(b, n, c), randn(b, c), randn(b, c)))
+        x, branch, gate, scale, shift = randn(b, n, c), randn(b, n, c), randn(b, c), randn(b, c), randn(b, c)
+        table[f"adaln [{b}, {n}, {c}]"] = (ops.adaln, eager_adaln, (x, scale, shift))
+        args = (x, branch, gate, scale, shift)
+        table[f"gated_residual_adaln [{b}, {n}, {c}]"] = (ops.gated_residual_adaln, eager_gated_residual_adaln, args)
     for b, grid, out, c in ((2, (64, 64), (24, 24), 1536), (2, (64, 64), (16, 16), 1536), (2, (16, 16), (7, 7), 384)):
         name = f"resample_tokens [{b}, {grid[0]}x{grid[1]}, {c}] -> {out[0]}x{out[1]}"
         table[name] = (ops.resample_tokens, eager_resample, (randn(b, grid[0] * grid[1], c), grid, out))
@@ -58,7 +69,8 @@ def runner(f, args: tuple, backward: bool):
 
         return call
     x = args[0].detach().requires_grad_()
-    grad = torch.ones_like(f(x, *args[1:]))
+    results = f(x, *args[1:])
+    grad = tuple(map(torch.ones_like, results)) if isinstance(results, tuple) else torch.ones_like(results)
 
     def call() -> None:
         torch.autograd.grad(f(x, *args[1:]), x, grad)
