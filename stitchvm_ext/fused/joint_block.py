@@ -16,14 +16,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..ops.activation import activation, activation_input_grad
+from ..ops.activation import KINDS, activation, activation_input_grad
 from ..ops.qk_norm import qk_norm, qk_norm_input_grad
 from ..ops.residual_norm import residual_norm, residual_norm_input_grad
 from .attention import attention, attention_input_grad, select_queries
 from .function import Want, is_frozen, is_plain_linear, linear_input_grad, load, refuse_second_derivative, save
 from .modulation import Modulation, modulation
 
-MLP_KIND = "gelu_tanh"
+MLP_KIND = KINDS["gelu_tanh"]
 QK_EPS = 1e-6
 
 

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.activation import activation, activation_input_grad
+from ..ops.activation import KINDS, activation, activation_input_grad
 from ..ops.residual_norm import residual_norm, residual_norm_input_grad
 from .attention import attention, attention_input_grad
 from .function import Want, is_frozen, is_plain_linear, linear_input_grad, load, refuse_second_derivative, save
 
-KINDS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
+ACTIVATIONS = {"QuickGELU": KINDS["quick_gelu"], "GELU": KINDS["gelu"]}
 
 
 def is_vit_block(block: nn.Module, tokens: Tensor) -> bool:
@@ -33,7 +33,7 @@ def is_vit_block(block: nn.Module, tokens: Tensor) -> bool:
         and (attn.dropout == 0 or not attn.training)
         and type(block.ln_1).__name__ == type(block.ln_2).__name__ == "LayerNorm"
         and block.ln_1.bias is not None
-        and type(act).__name__ in KINDS
+        and type(act).__name__ in ACTIVATIONS
         and getattr(act, "approximate", "none") == "none"
         and is_plain_linear(block.mlp.c_fc)
         and is_plain_linear(block.mlp.c_proj)
@@ -74,7 +74,7 @@ def forward(block: nn.Module, tokens: Tensor, state: dict[str, Any] | None) -> T
         scale=block.ln_2.weight[None], shift=block.ln_2.bias[None], affine=True, eps=block.ln_2.eps,
     )  # fmt: skip
     pre = block.mlp.c_fc(y)
-    branch = block.mlp.c_proj(activation(pre, KINDS[type(block.mlp.gelu).__name__]))
+    branch = block.mlp.c_proj(activation(pre, ACTIVATIONS[type(block.mlp.gelu).__name__]))
     if state is not None:
         state.update(qkv=qkv, out=out, middle=middle, pre=pre)
         state.update({f"statistics.{i}": entry for i, entry in enumerate(statistics)})
@@ -88,7 +88,7 @@ def backward(block: nn.Module, grad: Tensor, state: dict[str, Any]) -> Tensor:
     pre = state["pre"] if "pre" in state else block.mlp.c_fc(_norm(block.ln_2, middle))
     branch_grad = _scaled(grad, block.ls_2)
     pre_grad = activation_input_grad(
-        linear_input_grad(branch_grad, block.mlp.c_proj), pre, KINDS[type(block.mlp.gelu).__name__]
+        linear_input_grad(branch_grad, block.mlp.c_proj), pre, ACTIVATIONS[type(block.mlp.gelu).__name__]
     )
     middle_grad, branch_grad, _ = residual_norm_input_grad(
         grad_residual=grad, grad_y=linear_input_grad(pre_grad, block.mlp.c_fc), residual=middle,

@@ -11,9 +11,10 @@ from tests.tiny import tiny_transformer
 
 ROWS = torch.tensor([1, 5, 6, 33, 63])
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
+exact = pytest.mark.usefixtures("exact_rms_norm")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def exact_rms_norm(monkeypatch):
     """diffusers takes the variance of float64 tensors in float32; here it has to be the formula itself."""
     from diffusers.models.normalization import RMSNorm
@@ -53,6 +54,7 @@ def gradients(outputs, inputs, seed=1):
     return torch.autograd.grad(outputs, inputs, grads)
 
 
+@exact
 @pytest.mark.parametrize("memory", ["save", "recompute"])
 @pytest.mark.parametrize("number", [0, 1, 2])  # the last block's text stream ends
 @pytest.mark.parametrize("kind", ["medium", "large", "sd3"])
@@ -68,6 +70,7 @@ def test_values_and_gradients(kind, number, memory):
     torch.testing.assert_close(results[1], results[0], **TOLERANCE)
 
 
+@exact
 @pytest.mark.parametrize("memory", ["save", "recompute"])
 @pytest.mark.parametrize("prune", [True, False])
 @pytest.mark.parametrize("kind", ["medium", "large"])
@@ -85,6 +88,7 @@ def test_only_the_tokens_that_are_read(kind, prune, memory):
         torch.testing.assert_close(got, whole, **TOLERANCE)
 
 
+@exact
 def test_one_stream_has_a_gradient():
     """The text of the first block is a constant; and nobody may read the text that leaves a block."""
     block = transformer("medium").transformer_blocks[0]
@@ -96,6 +100,7 @@ def test_one_stream_has_a_gradient():
         torch.testing.assert_close(got, expected, **TOLERANCE)
 
 
+@exact
 def test_one_token_and_an_empty_text():
     block = transformer("large").transformer_blocks[0]
     image, _, temb = streams()
@@ -117,12 +122,14 @@ def test_second_derivative_raises_with_advice():
 
 
 def test_what_is_kept():
-    """At true proportions (width 4 heads of 64, text a third of the image) against what autograd keeps."""
+    """In bfloat16 at true proportions (heads of 64, text a twelfth of the image), against what autograd keeps."""
     from diffusers.models.attention import JointTransformerBlock
 
     torch.manual_seed(0)
-    block = JointTransformerBlock(256, 4, 64, qk_norm="rms_norm", use_dual_attention=True).requires_grad_(False)
-    image, text, temb = torch.randn(1, 96, 256).requires_grad_(), torch.randn(1, 32, 256), torch.randn(1, 256)
+    block = JointTransformerBlock(256, 4, 64, qk_norm="rms_norm", use_dual_attention=True)
+    block = block.requires_grad_(False).bfloat16()
+    image, text, temb = (torch.randn(1, n, 256).bfloat16() for n in (96, 8, 1))
+    image, temb = image.requires_grad_(), temb[:, 0]
 
     def kept(run) -> int:
         storages = {}
@@ -139,8 +146,8 @@ def test_what_is_kept():
         return total
 
     plain = kept(block)
-    assert kept(lambda *args: joint_block(block, *args, Want())) < 0.65 * plain
-    assert kept(lambda *args: joint_block(block, *args, Want(memory="recompute"))) < 0.3 * plain
+    assert kept(lambda *args: joint_block(block, *args, Want())) < 0.6 * plain
+    assert kept(lambda *args: joint_block(block, *args, Want(memory="recompute"))) < 0.2 * plain
 
 
 @pytest.mark.parametrize("what", ["adapter", "hook", "processor", "zero weight", "activation", "dtype"])
@@ -174,8 +181,10 @@ def test_a_trained_block_and_autocast_run_as_they_are():
         out.sum().backward()
         assert block.ff.net[2].weight.grad is not None
         block.requires_grad_(False)
+        block.float()
         with torch.autocast("cpu", torch.bfloat16):
-            assert block(image.detach().float(), text.detach().float(), temb.float())[1].dtype == torch.float32
+            args = [t.detach().float() for t in (image, text, temb)]
+            assert torch.equal(block(*args)[1], type(block).forward(block, *args)[1])
     assert "forward" not in block.__dict__
 
 
