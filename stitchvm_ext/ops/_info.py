@@ -12,9 +12,10 @@ from .._version import __version__
 from . import _loader
 from .activation import KERNELS as ACTIVATION
 from .adaln import KERNELS as ADALN
+from .qk_norm import KERNELS as QK_NORM
 from .resample_tokens import KERNELS as RESAMPLE_TOKENS
 
-OPS = {"activation": ACTIVATION, "adaln": ADALN, "resample_tokens": RESAMPLE_TOKENS}
+OPS = {"activation": ACTIVATION, "adaln": ADALN, "qk_norm": QK_NORM, "resample_tokens": RESAMPLE_TOKENS}
 
 
 def info() -> dict[str, Any]:
