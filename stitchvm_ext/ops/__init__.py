@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from ._info import format_info, info
 from .activation import gelu, gelu_tanh, quick_gelu, silu
+from .qk_norm import QKV, qk_norm
 from .resample_tokens import resample_tokens
 from .residual_norm import adaln, gated_residual, gated_residual_adaln, layer_norm
 
 __all__ = [
+    "QKV",
     "adaln",
     "format_info",
     "gated_residual",
@@ -16,6 +18,7 @@ __all__ = [
     "gelu_tanh",
     "info",
     "layer_norm",
+    "qk_norm",
     "quick_gelu",
     "resample_tokens",
     "silu",

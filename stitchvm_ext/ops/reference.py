@@ -200,3 +200,114 @@ def activation_input_grad(grad: Tensor, x: Tensor, kind: int, bias: Tensor | Non
         s = torch.sigmoid(a * h)
         slope = s * (1 - s) * a
     return (grad.to(dtype) * (s + h * slope)).to(x.dtype).contiguous()
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    """r[2i] = -x[2i+1], r[2i+1] = x[2i] over the last dimension."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((-second, first), -1).flatten(-2)
+
+
+def qk_norm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    context_q: Tensor | None,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    context_q_weight: Tensor | None,
+    context_k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    heads: int,
+    context_first: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Per-head RMSNorm and rotary embedding in the joint layout; see `ops.qk_norm`. Returns q, k, v and 1 / RMS."""
+    dtype = _accumulate_dtype(q)
+
+    def join(image: Tensor, text: Tensor | None) -> Tensor:
+        if text is None:
+            return image
+        return torch.cat((text, image) if context_first else (image, text), 1)
+
+    def norm(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        h = x.to(dtype).unflatten(-1, (heads, -1))
+        if weight is None:
+            return h, torch.ones_like(h[..., 0])
+        rstd = torch.rsqrt(h.square().mean(-1) + eps)
+        return h * rstd[..., None] * weight.to(dtype), rstd
+
+    def stream(image: Tensor, text: Tensor | None, weight: Tensor | None, text_weight: Tensor | None):
+        values, rstd = norm(image, weight)
+        text_values, text_rstd = (None, None) if text is None else norm(text, text_weight)
+        values, rstd = join(values, text_values), join(rstd, text_rstd)
+        if cos is not None:
+            values = values * cos.to(dtype)[:, None] + _rotate_half(values) * sin.to(dtype)[:, None]
+        return values.to(q.dtype).contiguous(), rstd.detach()
+
+    joint_q, q_rstd = stream(q, context_q, q_weight, context_q_weight)
+    joint_k, k_rstd = stream(k, context_k, k_weight, context_k_weight)
+    joint_v = None if v is None else join(v, context_v).unflatten(-1, (heads, -1)).contiguous()
+    return joint_q, joint_k, joint_v, q_rstd, k_rstd
+
+
+def qk_norm_input_grad(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    joint_q: Tensor,
+    joint_k: Tensor,
+    q_rstd: Tensor,
+    k_rstd: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    context_q_weight: Tensor | None,
+    context_k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    context_q_tokens: int,
+    context_k_tokens: int,
+    context_first: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `qk_norm` for q, k and the context's q and k, from its results.
+
+    With z the result before the rotation, g the gradient for z, n = z / w: rstd * (g * w - n * mean(g * w * n)).
+    """
+    dtype = _accumulate_dtype(joint_q)
+
+    def split(t: Tensor, context_tokens: int) -> tuple[Tensor, Tensor]:
+        if context_first:
+            return t[:, context_tokens:], t[:, :context_tokens]
+        return t[:, : t.shape[1] - context_tokens], t[:, t.shape[1] - context_tokens :]
+
+    def stream(grad, joint, rstd, weight, context_weight, context_tokens):
+        g, z = grad.to(dtype), joint.to(dtype)
+        if cos is not None:
+            c, s = cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+            g = g * c - _rotate_half(g * s)
+            first_c, second_c = c.unflatten(-1, (-1, 2)).unbind(-1)
+            first_s, second_s = s.unflatten(-1, (-1, 2)).unbind(-1)
+            first, second = z.unflatten(-1, (-1, 2)).unbind(-1)
+            determinant = first_c * second_c + first_s * second_s
+            z = torch.stack((first * second_c + second * first_s, second * first_c - first * second_s), -1)
+            z = (z / determinant[..., None]).flatten(-2)
+        results = []
+        for part_g, part_z, part_rstd, w in zip(
+            split(g, context_tokens),
+            split(z, context_tokens),
+            split(rstd, context_tokens),
+            (weight, context_weight),
+            strict=True,
+        ):
+            result = part_g
+            if w is not None:
+                n, gw = part_z / w.to(dtype), part_g * w.to(dtype)
+                result = part_rstd.to(dtype)[..., None] * (gw - n * (gw * n).mean(-1, keepdim=True))
+            results.append(result.flatten(2).to(joint.dtype).contiguous())
+        return results
+
+    q, context_q = stream(grad_q, joint_q, q_rstd, q_weight, context_q_weight, context_q_tokens)
+    k, context_k = stream(grad_k, joint_k, k_rstd, k_weight, context_k_weight, context_k_tokens)
+    return q, k, context_q, context_k

@@ -20,7 +20,6 @@ KERNELS = {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
-FUNCTIONS = ("adaln", "gated_residual", "gated_residual_adaln", "layer_norm")  # the public faces
 
 Results = tuple[Tensor | None, Tensor | None, Tensor | None]
 
