@@ -11,9 +11,10 @@ import torch
 from .._version import __version__
 from . import _loader
 from .adaln import KERNELS as ADALN
+from .guidance_step import KERNELS as GUIDANCE_STEP
 from .resample_tokens import KERNELS as RESAMPLE_TOKENS
 
-OPS = {"adaln": ADALN, "resample_tokens": RESAMPLE_TOKENS}
+OPS = {"adaln": ADALN, "guidance_step": GUIDANCE_STEP, "resample_tokens": RESAMPLE_TOKENS}
 
 
 def info() -> dict[str, Any]:
