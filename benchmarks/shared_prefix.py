@@ -21,7 +21,7 @@ from stitchvm_ext.sampling.guided_sample import encode_condition
 
 
 class SeparatePrefix(ValueEstimator):
-    """A stitched value that runs its own prefix: the interface's plain ``denoise_with_value``."""
+    """A stitched value that runs its own prefix: the interface's plain ``branches_with_value``."""
 
     def __init__(self, stitched):
         self.stitched, self.backbone, self.text_options = stitched, stitched.backbone, stitched.text_options

@@ -145,8 +145,8 @@ class OracleBackbone:
     def __init__(self, world: OracleWorld):
         self.world = world
 
-    def guided_velocity(self, latents: Tensor, sigma: float, condition: Condition) -> Tensor:
-        return self.world.velocity(self.world.flat(latents), sigma).view_as(latents).to(latents.dtype)
+    def branches(self, latents: Tensor, sigma: float, condition: Condition) -> tuple[Tensor, None]:
+        return self.world.velocity(self.world.flat(latents), sigma).view_as(latents).to(latents.dtype), None
 
 
 class OracleValue(ValueEstimator):

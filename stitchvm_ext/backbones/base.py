@@ -233,14 +233,20 @@ class DiffusionBackbone:
         sigma = self.check_latents(latents, sigma)
         return self.transformer(**self.inputs(latents, sigma, encoding), return_dict=False)[0]
 
-    def guided_velocity(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
-        """Velocity with classifier-free guidance, both branches in one call as diffusers' pipelines make it."""
+    def branches(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> tuple[Tensor, Tensor | None]:
+        """Conditional and unconditional velocity, both in one call as diffusers' pipelines make it; the second is None
+        without classifier-free guidance.
+        """
         sigma = self.check_latents(latents, sigma)
         if condition.guidance_scale <= 1:
-            return self.velocity(latents, sigma, condition.cond)
+            return self.velocity(latents, sigma, condition.cond), None
         both = {name: torch.cat([condition.uncond[name], t]) for name, t in condition.cond.items()}
         uncond, cond = self.velocity(torch.cat([latents] * 2), sigma.repeat(2), both).chunk(2)
-        return uncond + condition.guidance_scale * (cond - uncond)
+        return cond, uncond
+
+    def guided_velocity(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
+        """Velocity with classifier-free guidance."""
+        return condition.guide(*self.branches(latents, sigma, condition))
 
     def velocity_and_features(
         self,

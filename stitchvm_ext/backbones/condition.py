@@ -40,6 +40,10 @@ class Condition:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def guide(self, cond: Tensor, uncond: Tensor | None) -> Tensor:
+        """The velocity of classifier-free guidance from those of the two branches; ``cond`` without a second one."""
+        return cond if uncond is None else uncond + self.guidance_scale * (cond - uncond)
+
     def rows(self, index) -> Condition:
         """The condition of some samples; ``index`` is a slice or a list of positions."""
         positions = list(range(len(self)))[index] if isinstance(index, slice) else list(index)

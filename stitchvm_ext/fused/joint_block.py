@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.activation import KINDS, activation, activation_input_grad
-from ..ops.qk_norm import qk_norm, qk_norm_input_grad
+from ..ops.qk_norm import QKV, qk_norm, qk_norm_input_grad
 from ..ops.residual_norm import residual_norm, residual_norm_input_grad
 from .attention import attention, attention_input_grad, select_queries
 from .function import Want, is_frozen, is_plain_linear, linear_input_grad, load, refuse_second_derivative, save
@@ -313,9 +313,9 @@ def _attention_grad(attn: nn.Module, out_grad: Tensor, state: dict[str, Any], wh
     q, k, v = (state[f"{name}{which}"] for name in "qkv")
     out, statistics = state[f"out{which}"], _statistics(state, which)
     q_grad, k_grad, v_grad = attention_input_grad(out_grad.unflatten(-1, q.shape[2:]), q, k, v, out, statistics)
+    joint = QKV(q, k, v, state[f"q_rstd{which}"], state[f"k_rstd{which}"])
     raw = qk_norm_input_grad(
-        q_grad, k_grad, q, k, state[f"q_rstd{which}"], state[f"k_rstd{which}"],
-        context_q_tokens=text_q, context_k_tokens=text_k, **_qk_weights(attn, bool(text_k)),
+        q_grad, k_grad, joint, context_q_tokens=text_q, context_k_tokens=text_k, **_qk_weights(attn, bool(text_k)),
     )  # fmt: skip
     return raw, v_grad.flatten(2)
 

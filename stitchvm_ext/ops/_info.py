@@ -11,6 +11,7 @@ import torch
 from .._version import __version__
 from . import _loader
 from .activation import KERNELS as ACTIVATION
+from .guidance_step import KERNELS as GUIDANCE_STEP
 from .qk_norm import KERNELS as QK_NORM
 from .resample_tokens import KERNELS as RESAMPLE_TOKENS
 from .residual_norm import KERNELS as RESIDUAL_NORM
@@ -18,12 +19,14 @@ from .residual_norm import KERNELS as RESIDUAL_NORM
 # The compiled ops, by the name that all their files carry; and the public functions that each one serves.
 OPS = {
     "activation": ACTIVATION,
+    "guidance_step": GUIDANCE_STEP,
     "qk_norm": QK_NORM,
     "resample_tokens": RESAMPLE_TOKENS,
     "residual_norm": RESIDUAL_NORM,
 }
 FUNCTIONS = {
     "activation": ("gelu", "gelu_tanh", "quick_gelu", "silu"),
+    "guidance_step": ("guidance_step",),
     "qk_norm": ("qk_norm",),
     "resample_tokens": ("resample_tokens",),
     "residual_norm": ("adaln", "gated_residual", "gated_residual_adaln", "layer_norm"),

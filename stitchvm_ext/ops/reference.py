@@ -311,3 +311,41 @@ def qk_norm_input_grad(
     q, context_q = stream(grad_q, joint_q, q_rstd, q_weight, context_q_weight, context_q_tokens)
     k, context_k = stream(grad_k, joint_k, k_rstd, k_weight, context_k_weight, context_k_tokens)
     return q, k, context_q, context_k
+
+
+def guidance_step(
+    latents: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    grad: Tensor | None,
+    noise: Tensor | None,
+    guidance_scale: float,
+    strength: float,
+    relative: bool,
+    latents_coef: float,
+    velocity_coef: float,
+    noise_coef: float,
+) -> tuple[Tensor, Tensor]:
+    """latents_coef * latents + velocity_coef * (u - c * grad) + noise_coef * noise, and the norms [B, 2] of u and grad,
+    with u = uncond + guidance_scale * (cond - uncond) and c = strength, times ||u|| / ||grad|| if relative.
+    """
+    dtype = latents.dtype
+
+    def norm(x: Tensor) -> Tensor:  # in float64: squares of 1e-25 or 1e25 do not fit float32
+        return torch.linalg.vector_norm(x.double().flatten(1), dim=1)
+
+    velocity = cond.to(dtype)
+    if uncond is not None:
+        velocity = uncond.to(dtype) + guidance_scale * (velocity - uncond.to(dtype))
+    norms = [norm(velocity), torch.zeros_like(norm(velocity))]
+    guided = velocity
+    if grad is not None:
+        norms[1] = norm(grad)
+        c = torch.full_like(norms[0], strength)
+        if relative:
+            c = torch.where(norms[1] > 0, strength * norms[0] / norms[1], 0)
+        guided = velocity - (c.view(-1, *[1] * (grad.dim() - 1)) * grad.double()).to(dtype)
+    out = latents_coef * latents + velocity_coef * guided
+    if noise is not None:
+        out = out + noise_coef * noise
+    return out.contiguous(), torch.stack(norms, dim=1).to(dtype)

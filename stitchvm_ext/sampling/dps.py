@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..backbones import Condition, DiffusionBackbone
+from ..ops import guidance_step
 from ..value.base import ValueEstimator
 from .guidance import Guidance, check_finite
-from .transitions import Transition
+from .transitions import ReverseSDE, Transition
 
 
 def sample_dps(
@@ -31,7 +32,7 @@ def sample_dps(
     Steps that are not guided evaluate the denoiser alone.
 
     Args:
-        backbone: yields the velocity, with classifier-free guidance, of steps without value guidance.
+        backbone: yields the velocity of steps without value guidance.
         value: the estimator to climb; None for plain sampling.
         latents: z [B, C, H, W] at noise level ``sigmas[0]``.
         sigmas: [T+1] decreasing noise levels.
@@ -46,17 +47,48 @@ def sample_dps(
     Raises:
         FloatingPointError: velocity, value, gradient or latents are not finite; names the step.
     """
-    latents = latents.float()
+    latents = latents.detach().float()
     values = latents.new_full((len(sigmas) - 1, len(latents)), float("nan"))
     for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas.tolist())):
-        if value is not None and guidance.is_active(step, sigma):
-            velocity, values[step], grad = value.denoise_with_value(latents, sigma, condition)
-            check_finite(step, sigma, velocity=velocity, value=values[step], gradient=grad)
-            velocity = velocity.float() - guidance.term(velocity, grad, sigma)
+        guided = value is not None and guidance.is_active(step, sigma)
+        if guided:
+            cond, uncond, values[step], grad = value.branches_with_value(latents, sigma, condition)
         else:
             with torch.no_grad():
-                velocity = backbone.guided_velocity(latents, sigma, condition)
-        latents = transition(latents, velocity, sigma, sigma_next, noise() if noise else None)
-        check_finite(step, sigma, latents=latents)
+                cond, uncond = backbone.branches(latents, sigma, condition)
+        eps = noise() if noise else None
+        fused = isinstance(transition, ReverseSDE)
+        finite = False  # as far as is known
+        if fused:
+            latents_coef, velocity_coef, noise_coef = transition.coefficients(sigma, sigma_next)
+            following, norms = guidance_step(
+                latents,
+                cond,
+                uncond,
+                grad if guided else None,
+                eps if noise_coef else None,
+                guidance_scale=condition.guidance_scale,
+                strength=guidance.amount(sigma) if guided else 0.0,
+                relative=guidance.mode == "relative",
+                latents_coef=latents_coef,
+                velocity_coef=velocity_coef,
+                noise_coef=noise_coef,
+            )
+            finite = _all_finite(norms, following, *([values[step]] if guided else []))
+        velocity = None if finite else condition.guide(cond, uncond)
+        if guided and not finite:
+            check_finite(step, sigma, velocity=velocity, value=values[step], gradient=grad)
+        if not fused:
+            if guided:
+                velocity = velocity.float() - guidance.term(velocity, grad, sigma)
+            following = transition(latents, velocity, sigma, sigma_next, eps)
+        if not finite:
+            check_finite(step, sigma, latents=following)
+        latents = following
         on_step()
     return latents, values
+
+
+def _all_finite(*tensors: Tensor) -> bool:
+    """One question to the device for all of them."""
+    return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())

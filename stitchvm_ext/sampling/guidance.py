@@ -79,17 +79,19 @@ class Guidance:
             return False
         return self.weight(sigma) > 0
 
+    def amount(self, sigma: float) -> float:
+        """c at a noise level; in relative mode without the norms' ratio."""
+        amount = self.strength * self.weight(sigma)
+        return amount * sigma / (1 - sigma) if self.mode == "score" else amount
+
     def term(self, velocity: Tensor, grad: Tensor, sigma: float) -> Tensor:
         """``c_t grad V``, float32 [B, ...]: what is subtracted from the velocity. Norms are per sample, never over the
         batch.
         """
-        grad = grad.float()
-        amount = self.strength * self.weight(sigma)
-        if self.mode == "raw":
-            return amount * grad
-        if self.mode == "score":
-            return amount * sigma / (1 - sigma) * grad
-        return amount * _norm(velocity.float()) * _unit(grad)
+        grad, amount = grad.float(), self.amount(sigma)
+        if self.mode == "relative":
+            return amount * _norm(velocity.float()) * _unit(grad)
+        return amount * grad
 
 
 def check_finite(step: int, sigma: float, **tensors: Tensor) -> None:

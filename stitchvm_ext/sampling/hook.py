@@ -134,7 +134,7 @@ class ValueGuide:
         if not self.values:  # the first guided step of a trajectory
             self._shares = plain and _is_null_text(self.value, condition.uncond)
         if self._shares:
-            uncond, cond, value, grad = self.value.shared_branches(latents, sigma, condition)
+            cond, uncond, value, grad = self.value.shared_branches(latents, sigma, condition)
             output = (torch.cat([uncond, cond]),)
             if call.get("return_dict", True):
                 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -143,8 +143,7 @@ class ValueGuide:
         else:
             output = forward(**call)
             value, grad = self.value.value_and_grad(latents, sigma, condition)
-        both = output[0]
-        velocity = both[:batch] + self.guidance_scale * (both[batch:] - both[:batch]) if with_cfg else both
+        velocity = condition.guide(output[0][-batch:], output[0][:batch] if with_cfg else None)
         check_finite(self._step, sigma, velocity=velocity, value=value, gradient=grad)
         self.values.append((sigma, value))
         self._term = self.guidance.term(velocity, grad, sigma)

@@ -7,9 +7,9 @@ with it.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -18,70 +18,65 @@ Transition = Callable[[Tensor, Tensor, float, float, "Tensor | None"], Tensor]
 latents; a deterministic transition ignores it."""
 
 
-def score(latents: Tensor, velocity: Tensor, sigma: float) -> Tensor:
-    """``grad log p_t(z_t) = -((1-t) u + z) / t`` in float32 (METHOD.md §1), sigma in (0, 1]."""
-    return -((1 - sigma) * velocity.float() + latents.float()) / sigma
+def score(latents, velocity, sigma: float):
+    """``grad log p_t(z_t) = -((1-t) u + z) / t`` (METHOD.md §1) of numbers or float32 tensors, sigma in (0, 1]."""
+    return -((1 - sigma) * velocity + latents) / sigma
 
 
-def in_float32(step: Transition) -> Transition:
-    """Run a transition's arithmetic in float32 whatever the model's dtype, and end every trajectory without noise.
+@dataclass(frozen=True)
+class ReverseSDE:
+    """Euler-Maruyama steps of ``dz = [u - (nu²/2) score] dt + nu dW`` (METHOD.md §5): the ODE's marginals for any nu.
 
     The step to t' = 0 is the Euler step to the denoised estimate ``z - t u``, as in ancestral samplers: noise added
     there would stay in the image.
+
+    Attributes:
+        nu: of (sigma, sigma_next) and the options that a call passes on.
     """
 
-    @functools.wraps(step)
-    def checked(latents, velocity, sigma: float, sigma_next: float, noise=None, **options) -> Tensor:
+    nu: Callable[..., float]
+
+    def coefficients(self, sigma: float, sigma_next: float, **options) -> tuple[float, float, float]:
+        """The step as factors (of the latents, of the velocity, of the noise)."""
         if not 0 <= sigma_next < sigma <= 1:
             raise ValueError(f"sigma, sigma_next: expected 0 <= sigma_next < sigma <= 1, got {sigma:g}, {sigma_next:g}")
-        latents, velocity = latents.float(), velocity.float()
-        if sigma_next == 0:
-            return latents - sigma * velocity
-        return step(latents, velocity, sigma, sigma_next, noise, **options)
+        nu = self.nu(sigma, sigma_next, **options) if sigma_next > 0 else 0.0
+        dt = sigma_next - sigma
+        drift = lambda latents, velocity: velocity - 0.5 * nu**2 * score(latents, velocity, sigma)  # noqa: E731
+        return 1 + dt * drift(1.0, 0.0), dt * drift(0.0, 1.0), nu * math.sqrt(-dt)
 
-    return checked
-
-
-@in_float32
-def ode(latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float, noise: Tensor | None = None) -> Tensor:
-    """Euler step of the probability-flow ODE, ``dz = u dt``: what the pipeline's own scheduler does."""
-    return latents + (sigma_next - sigma) * velocity
-
-
-def reverse_sde(latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float, noise: Tensor, nu: float) -> Tensor:
-    """Euler-Maruyama step of ``dz = [u - (nu²/2) score] dt + nu dW`` (METHOD.md §5): the ODE's marginals for any nu."""
-    dt = sigma_next - sigma
-    drift = velocity - 0.5 * nu**2 * score(latents, velocity, sigma)
-    return latents + drift * dt + nu * math.sqrt(-dt) * noise.float()
-
-
-@in_float32
-def linear_sde(
-    latents: Tensor,
-    velocity: Tensor,
-    sigma: float,
-    sigma_next: float,
-    noise: Tensor,
-    *,
-    g: Callable[[float], float] | None = None,
-) -> Tensor:
-    """The reverse SDE with ``nu = g(t)``, by default ``3 t²`` (linear SDE of Kim et al., Inference-Time Scaling for
-    Flow Models).
-    """
-    return reverse_sde(latents, velocity, sigma, sigma_next, noise, nu=g(sigma) if g else 3 * sigma**2)
+    def __call__(
+        self,
+        latents: Tensor,
+        velocity: Tensor,
+        sigma: float,
+        sigma_next: float,
+        noise: Tensor | None = None,
+        **options,
+    ) -> Tensor:
+        """One step in float32, whatever the model's dtype."""
+        of_latents, of_velocity, of_noise = self.coefficients(sigma, sigma_next, **options)
+        step = of_latents * latents.float() + of_velocity * velocity.float()
+        return step + of_noise * noise.float() if of_noise else step
 
 
-@in_float32
-def flow_grpo(
-    latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float, noise: Tensor, *, noise_level: float = 0.7
-) -> Tensor:
-    """The reverse SDE with ``nu = a sqrt(t / (1-t))``, a the noise level (Flow-GRPO).
+def _linear(sigma: float, sigma_next: float, g: Callable[[float], float] | None = None) -> float:
+    return g(sigma) if g else 3 * sigma**2
 
-    nu is infinite at t = 1, where the step takes ``1-t`` from its far end, as the published code does.
-    """
-    remaining = 1 - (sigma if sigma < 1 else sigma_next)
-    return reverse_sde(latents, velocity, sigma, sigma_next, noise, nu=noise_level * math.sqrt(sigma / remaining))
 
+def _flow_grpo(sigma: float, sigma_next: float, noise_level: float = 0.7) -> float:
+    return noise_level * math.sqrt(sigma / (1 - (sigma if sigma < 1 else sigma_next)))
+
+
+ode = ReverseSDE(lambda sigma, sigma_next: 0.0)
+"""The probability-flow ODE, ``dz = u dt``: what the pipeline's own scheduler does."""
+
+linear_sde = ReverseSDE(_linear)
+"""``nu = g(t)``, an option, by default ``3 t²`` (linear SDE of Kim et al., Inference-Time Scaling for Flow Models)."""
+
+flow_grpo = ReverseSDE(_flow_grpo)
+"""``nu = a sqrt(t / (1-t))`` with the option a = ``noise_level`` (Flow-GRPO). It is infinite at t = 1, where the step
+takes ``1-t`` from its far end, as the published code does."""
 
 TRANSITIONS: dict[str, Transition] = {"ode": ode, "linear_sde": linear_sde, "flow_grpo": flow_grpo}
 

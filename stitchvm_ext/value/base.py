@@ -31,16 +31,24 @@ class ValueEstimator(ABC):
             (grad,) = torch.autograd.grad(value.sum(), leaf)
         return value.detach(), grad.float()
 
-    def denoise_with_value(
+    def branches_with_value(
         self, latents: Tensor, sigma: float | Tensor, condition: Condition
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The guided (CFG) velocity, V and its gradient: what one guided sampling step needs.
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Conditional velocity, unconditional velocity (None without classifier-free guidance), V and its gradient:
+        what one guided sampling step needs.
 
         An estimator overrides this where the denoiser's own pass can serve the value too.
         """
         with torch.no_grad():
-            velocity = self.backbone.guided_velocity(latents, sigma, condition)
-        return velocity, *self.value_and_grad(latents, sigma, condition)
+            cond, uncond = self.backbone.branches(latents, sigma, condition)
+        return cond, uncond, *self.value_and_grad(latents, sigma, condition)
+
+    def denoise_with_value(
+        self, latents: Tensor, sigma: float | Tensor, condition: Condition
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The guided (CFG) velocity, V and its gradient."""
+        cond, uncond, value, grad = self.branches_with_value(latents, sigma, condition)
+        return condition.guide(cond, uncond), value, grad
 
     def check_condition(self, latents: Tensor, condition: Condition) -> None:
         if len(condition) != latents.shape[0]:

@@ -127,7 +127,7 @@ class StitchedValue(nn.Module, ValueEstimator):
     def shared_branches(
         self, latents: Tensor, sigma: float | Tensor, condition: Condition
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Unconditional and conditional velocity, V and its gradient, at the transformer cost of plain CFG."""
+        """Conditional and unconditional velocity, V and its gradient, at the transformer cost of plain CFG."""
         self.check_latent_size(latents.shape[-2:])
         null = expand_rows(self.null_condition, latents.shape[0])
         uncond, tokens, leaf = self.backbone.velocity_and_features(
@@ -143,11 +143,11 @@ class StitchedValue(nn.Module, ValueEstimator):
                 cond = self.backbone.velocity(latents, sigma, condition.cond)
             join(value, token_grad)
             (grad,) = torch.autograd.grad(tokens, leaf, token_grad)
-        return uncond, cond, value.detach(), grad.float()
+        return cond, uncond, value.detach(), grad.float()
 
-    def denoise_with_value(
+    def branches_with_value(
         self, latents: Tensor, sigma: float | Tensor, condition: Condition
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """As the base class says; with an empty negative prompt the unconditional branch's prefix serves the value too.
 
         The transformer then runs exactly as often as for plain classifier-free guidance; what guidance adds is the
@@ -155,9 +155,8 @@ class StitchedValue(nn.Module, ValueEstimator):
         """
         self.check_condition(latents, condition)
         if not self.can_share(condition):
-            return super().denoise_with_value(latents, sigma, condition)
-        uncond, cond, value, grad = self.shared_branches(latents, sigma, condition)
-        return uncond + condition.guidance_scale * (cond - uncond), value, grad
+            return super().branches_with_value(latents, sigma, condition)
+        return self.shared_branches(latents, sigma, condition)
 
     # -- folders -------------------------------------------------------------------------------------------------------
 

@@ -38,15 +38,15 @@ class TweedieValue(ValueEstimator):
         sigma = self.backbone.check_latents(latents, sigma)
         return self.score_velocity(latents, sigma, self.backbone.guided_velocity(latents, sigma, condition), condition)
 
-    def denoise_with_value(
+    def branches_with_value(
         self, latents: Tensor, sigma: float | Tensor, condition: Condition
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """As the base class says; the denoiser's one forward pass serves the step and the value's gradient."""
         self.check_condition(latents, condition)
         sigma = self.backbone.check_latents(latents, sigma)
         with torch.inference_mode(False), torch.enable_grad():
             leaf = latents.detach().clone().requires_grad_()
-            velocity = self.backbone.guided_velocity(leaf, sigma, condition)
-            value = self.score_velocity(leaf, sigma, velocity, condition)
+            cond, uncond = self.backbone.branches(leaf, sigma, condition)
+            value = self.score_velocity(leaf, sigma, condition.guide(cond, uncond), condition)
             (grad,) = torch.autograd.grad(value.sum(), leaf)
-        return velocity.detach(), value.detach(), grad.float()
+        return cond.detach(), None if uncond is None else uncond.detach(), value.detach(), grad.float()

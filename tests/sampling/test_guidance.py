@@ -1,9 +1,11 @@
 """Strength, schedule and window; scale-freeness; what happens to zeros, extremes and NaN."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from stitchvm_ext.sampling import Guidance, get_transition, sample_dps
+from stitchvm_ext.sampling import TRANSITIONS, Guidance, get_transition, sample_dps
 from tests.oracle import OracleValue, two_dimensional_world
 
 
@@ -93,17 +95,16 @@ class Broken(OracleValue):
         super().__init__(world)
         self.broken = broken
 
-    def denoise_with_value(self, latents, sigma, condition):
-        tensors = dict(
-            zip(("velocity", "value", "gradient"), super().denoise_with_value(latents, sigma, condition), strict=True)
-        )
+    def branches_with_value(self, latents, sigma, condition):
+        velocity, uncond, value, gradient = super().branches_with_value(latents, sigma, condition)
         if sigma < 0.5:
-            tensors[self.broken][1] = float("nan")
-        return tuple(tensors.values())
+            {"velocity": velocity, "value": value, "gradient": gradient}[self.broken][1] = float("nan")
+        return velocity, uncond, value, gradient
 
 
+@pytest.mark.parametrize("transition", [get_transition("ode"), partial(get_transition("ode"))], ids=["fused", "plain"])
 @pytest.mark.parametrize("broken", ["velocity", "value", "gradient"])
-def test_non_finite_values_stop_with_step_and_tensor(broken):
+def test_non_finite_values_stop_with_step_and_tensor(broken, transition):
     world = two_dimensional_world(quadratic=False)
     value = Broken(world, broken)
     with pytest.raises(
@@ -111,16 +112,48 @@ def test_non_finite_values_stop_with_step_and_tensor(broken):
     ):
         sample_dps(
             value.backbone, value, world.noise(3, 0), torch.linspace(1, 0, 11), world.condition(3),
-            guidance=Guidance(), transition=get_transition("ode"),
+            guidance=Guidance(), transition=transition,
         )  # fmt: skip
 
 
 def test_non_finite_velocity_of_an_unguided_step_stops_too():
     world = two_dimensional_world(quadratic=False)
     backbone = OracleValue(world).backbone
-    backbone.guided_velocity = lambda latents, sigma, condition: torch.full_like(latents, float("inf"))
+    backbone.branches = lambda latents, sigma, condition: (torch.full_like(latents, float("inf")), None)
     with pytest.raises(FloatingPointError, match="^latents: .* step 0"):
         sample_dps(
             backbone, None, world.noise(3, 0), torch.linspace(1, 0, 11), world.condition(3),
             guidance=Guidance(), transition=get_transition("ode"),
         )  # fmt: skip
+
+
+def test_finite_tensors_whose_norm_is_not_float32_are_no_error():
+    """The norm is a hint; what decides is the tensors themselves."""
+    world = two_dimensional_world(quadratic=False)
+    backbone = OracleValue(world).backbone
+    backbone.branches = lambda latents, sigma, condition: (torch.full_like(latents, 3e38), None)
+    z, _ = sample_dps(
+        backbone, None, torch.zeros(3, 1, 1, 2), torch.linspace(1, 0, 11), world.condition(3),
+        guidance=Guidance(), transition=get_transition("ode"),
+    )  # fmt: skip
+    torch.testing.assert_close(z, torch.full_like(z, -3e38))
+
+
+@pytest.mark.parametrize("mode", ["relative", "score", "raw"])
+@pytest.mark.parametrize("transition", list(TRANSITIONS))
+def test_the_fused_step_is_the_plain_one(transition, mode):
+    """A partial hides what the transition is, so its steps run one operation after the other."""
+    world = two_dimensional_world(quadratic=True)
+    value = OracleValue(world)
+
+    def run(step):
+        generator = torch.Generator().manual_seed(0)
+        return sample_dps(
+            value.backbone, value, world.noise(50, 0), torch.linspace(1, 0, 9), world.condition(50),
+            guidance=Guidance(0.3, mode, "alpha", every=2), transition=step,
+            noise=lambda: torch.randn(50, *world.shape, generator=generator),
+        )  # fmt: skip
+
+    fused, plain = (run(step) for step in (get_transition(transition), partial(get_transition(transition))))
+    torch.testing.assert_close(fused[0], plain[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fused[1], plain[1], rtol=1e-4, atol=1e-4, equal_nan=True)

@@ -15,7 +15,7 @@ QUIET = {"progress": False, "max_sequence_length": 0}
 
 
 class Unshared(ValueEstimator):
-    """The same value without the shared prefix: the base class's own denoise_with_value."""
+    """The same value without the shared prefix: the base class's own branches_with_value."""
 
     def __init__(self, value):
         self.backbone, self.inner, self.text_options = value.backbone, value, value.text_options

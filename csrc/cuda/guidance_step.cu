@@ -1,0 +1,68 @@
+// guidance_step on CUDA: launch and registration of the kernels in guidance_step.cuh.
+#include "../args/guidance_step.h"
+#include "guidance_step.cuh"
+#include "launch.cuh"
+
+namespace stitchvm {
+namespace {
+
+void guidance_step_cuda_out(const Tensor& latents_in, const Tensor& cond_in, const std::optional<Tensor>& uncond_in,
+                            const std::optional<Tensor>& grad_in, const std::optional<Tensor>& noise_in,
+                            double guidance_scale, double strength, bool relative, double latents_coef,
+                            double velocity_coef, double noise_coef, const Tensor& out, const Tensor& norms) {
+  check_guidance(latents_in, cond_in, uncond_in, grad_in, noise_in, out, norms);
+  STD_TORCH_CHECK(latents_in.scalar_type() == torch::headeronly::ScalarType::Float,
+                  "guidance_step: the CUDA kernel takes float32 latents");
+  if (norms.numel() == 0) return;
+  const DeviceGuard guard(latents_in.get_device_index());
+  if (out.numel() == 0) {
+    torch::stable::fill_(norms, 0.0);
+    return;
+  }
+  const Tensor latents = torch::stable::contiguous(latents_in);
+  const Tensor cond = torch::stable::contiguous(cond_in);
+  const auto uncond = contiguous_or_none(uncond_in);
+  const auto grad = contiguous_or_none(grad_in);
+  const auto noise = contiguous_or_none(noise_in);
+  const int64_t shape[] = {latents.size(0), kGuidanceParts, 2};
+  const Tensor sums = torch::stable::new_empty(latents, {shape, 3}, torch::headeronly::ScalarType::Double);
+  dispatch_cuda_dtype("guidance_step", cond.scalar_type(), [&](auto tag) {
+    using M = decltype(tag);
+    GuidanceLaunch<M> l{guidance_params<float, M>(latents, cond, uncond, grad, noise, guidance_scale, strength,
+                                                  relative, latents_coef, velocity_coef, noise_coef, out, norms),
+                        mutable_data<double>(sums), 0, 0};
+    l.part_size = ((l.p.size + kGuidanceParts - 1) / kGuidanceParts + 7) / 8 * 8;
+    l.sample_blocks = (l.p.size + kGuidanceBlockSize - 1) / kGuidanceBlockSize;
+    check_grid("guidance_step", l.p.batch * std::max<int64_t>(l.sample_blocks, kGuidanceParts));
+    const auto grid = [&](int64_t sample_blocks) { return dim3(static_cast<unsigned>(l.p.batch * sample_blocks)); };
+    // Four elements: 16 bytes of float32, 8 of the model's 16-bit types.
+    const auto pointers = {static_cast<const void*>(l.p.latents), static_cast<const void*>(l.p.cond),
+                           static_cast<const void*>(l.p.uncond),  static_cast<const void*>(l.p.grad),
+                           static_cast<const void*>(l.p.noise),   static_cast<const void*>(l.p.out)};
+    dispatch_vector_width<float>(pointers, {l.p.size}, [&](auto vec) {
+      constexpr int kVec = decltype(vec)::value;
+      launch(guidance_norms<M, kVec>, grid(kGuidanceParts), dim3(kGuidanceThreads), latents, l);
+      launch(guidance_apply<M, kVec>, grid(l.sample_blocks), dim3(kGuidanceThreads), latents, l);
+    });
+  });
+}
+
+std::tuple<Tensor, Tensor> guidance_step_cuda(const Tensor& latents, const Tensor& cond,
+                                              const std::optional<Tensor>& uncond, const std::optional<Tensor>& grad,
+                                              const std::optional<Tensor>& noise, double guidance_scale,
+                                              double strength, bool relative, double latents_coef, double velocity_coef,
+                                              double noise_coef) {
+  const Tensor out = empty_contiguous(latents);
+  const Tensor norms = empty_norms(latents);
+  guidance_step_cuda_out(latents, cond, uncond, grad, noise, guidance_scale, strength, relative, latents_coef,
+                         velocity_coef, noise_coef, out, norms);
+  return {out, norms};
+}
+
+}  // namespace
+}  // namespace stitchvm
+
+STITCHVM_DEVICE_IMPL(m) {
+  m.impl("guidance_step", TORCH_BOX(&stitchvm::guidance_step_cuda));
+  m.impl("guidance_step.out", TORCH_BOX(&stitchvm::guidance_step_cuda_out));
+}
