@@ -41,7 +41,8 @@ def info() -> dict[str, Any]:
         build: versions, compiler, CUDA architectures and the account of the build's decision, or None without _C;
         cpu: features of this processor, compiled levels and the one in use, threads, or None without _C;
         libraries: for _C and _cuda, whether each is loaded and the reason if not;
-        ops: op -> backend -> the dtypes it takes, or why it is not available ("no: ...").
+        ops: op -> backend -> the dtypes it takes, or why it is not available ("no: ..."); and the public functions that
+            it serves.
     """
     c = _loader.C
     return {
@@ -60,7 +61,7 @@ def info() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "libraries": {lib.name: asdict(lib) for lib in (_loader.library_c, _loader.library_cuda)},
-        "ops": {name: _backends(kernels) for name, kernels in OPS.items()},
+        "ops": {name: {**_backends(OPS[name]), "functions": ", ".join(FUNCTIONS[name])} for name in OPS},
     }
 
 
@@ -96,7 +97,8 @@ def format_info(state: dict[str, Any]) -> str:
 
 
 def _table(ops: dict[str, dict[str, str]]) -> list[str]:
-    header = ["op", *_loader.BACKENDS]
-    rows = [header, *([name, *(row[b] for b in _loader.BACKENDS)] for name, row in ops.items())]
+    columns = [*_loader.BACKENDS, "functions"]
+    header = ["op", *columns]
+    rows = [header, *([name, *(row[column] for column in columns)] for name, row in ops.items())]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
