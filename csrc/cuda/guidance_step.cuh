@@ -1,5 +1,5 @@
-// guidance_step kernels: partial sums over a fixed number of parts of every sample, then the step, each of whose blocks
-// adds its sample's partial sums again in the same order. No torch headers.
+// guidance_step kernels: partial sums over parts of every sample, then the step, each of whose blocks adds its sample's
+// partial sums again in the same order. How a sample is cut depends on its size alone. No torch headers.
 #pragma once
 
 #include "../common/guidance_step.h"
@@ -9,7 +9,8 @@
 namespace stitchvm {
 
 constexpr int kGuidanceThreads = 256;
-constexpr int kGuidanceParts = 128;           // of a sample, whatever its size and the batch; at most kGuidanceThreads
+constexpr int kGuidanceMaxParts = 128;        // of a sample; at most kGuidanceThreads
+constexpr int64_t kGuidanceMinPart = 1024;    // elements: a vector of four for every thread
 constexpr int64_t kGuidanceBlockSize = 4096;  // elements that a block of the step computes
 
 // T is the type of the model. Squared norms are summed in double: squares of gradients of 1e-25 or 1e25 do not fit
@@ -17,8 +18,9 @@ constexpr int64_t kGuidanceBlockSize = 4096;  // elements that a block of the st
 template <class T>
 struct GuidanceStepParams {
   GuidanceParams<float, T> step;
-  double* sums;           // [batch, kGuidanceParts, 2]
-  int64_t part_size;      // elements, a multiple of 8
+  double* sums;           // [batch, parts, 2]
+  int64_t parts;          // of a sample, at most kGuidanceMaxParts
+  int64_t part_size;      // elements, a multiple of 4
   int64_t sample_blocks;  // of the step, for each sample
 };
 
@@ -33,14 +35,14 @@ __device__ __forceinline__ void load_velocity(const GuidanceParams<float, T>& s,
   for (int i = 0; i < kVec; ++i) u[i] = guided_velocity(u[i], uncond[i], scale);
 }
 
-// grid: batch * kGuidanceParts blocks of kGuidanceThreads. kVec > 1 needs all pointers aligned to kVec elements and
+// grid: batch * parts blocks of kGuidanceThreads. kVec > 1 needs all pointers aligned to kVec elements and
 // size % kVec == 0.
 template <class T, int kVec>
 __global__ void __launch_bounds__(kGuidanceThreads) guidance_norms(const GuidanceStepParams<T> p) {
   __shared__ double scratch[32];
   const GuidanceParams<float, T>& s = p.step;
-  const int64_t sample = blockIdx.x / kGuidanceParts;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x % kGuidanceParts) * p.part_size;
+  const int64_t sample = blockIdx.x / p.parts;
+  const int64_t begin = blockIdx.x % p.parts * p.part_size;
   const int64_t end = begin + p.part_size < s.size ? begin + p.part_size : s.size;
   double velocity_sum = 0.0;
   double grad_sum = 0.0;
@@ -70,8 +72,8 @@ __global__ void __launch_bounds__(kGuidanceThreads) guidance_apply(const Guidanc
   const GuidanceParams<float, T>& s = p.step;
   const int64_t sample = blockIdx.x / p.sample_blocks;
   const int64_t block = blockIdx.x % p.sample_blocks;
-  const bool adds = threadIdx.x < kGuidanceParts;
-  const double* sums = p.sums + 2 * (sample * kGuidanceParts + threadIdx.x);
+  const bool adds = threadIdx.x < p.parts;
+  const double* sums = p.sums + 2 * (sample * p.parts + threadIdx.x);
   const double velocity_norm = sqrt(block_sum(adds ? sums[0] : 0.0, scratch));
   const double grad_norm = sqrt(block_sum(adds ? sums[1] : 0.0, scratch));
   if (block == 0 && threadIdx.x == 0) {
