@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from harness import alternate, save, speedups
 from shapes import BACKBONES, TOWERS
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from stitchvm_ext import ops
 
@@ -325,7 +326,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
-    torch._functorch.config.donated_buffer = False  # the backward of one graph is called many times
+    functorch_config.donated_buffer = False  # the backward of one graph is called many times
     rows = []
     for threads in args.threads if args.device == "cpu" else [torch.get_num_threads()]:
         torch.set_num_threads(threads)

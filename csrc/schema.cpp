@@ -62,8 +62,7 @@ STITCHVM_DEFINE_OPS(STITCHVM_NAMESPACE, m) {
   m.def(
       "resample_tokens.out(Tensor x, Tensor? bias, Tensor? position, Tensor? prefix, Tensor? residual, int h, int w, "
       "int out_h, int out_w, *, Tensor(a!) out) -> ()");
-  m.def(
-      "resample_tokens_input_grad(Tensor grad, int prefix_tokens, int h, int w, int out_h, int out_w) -> Tensor");
+  m.def("resample_tokens_input_grad(Tensor grad, int prefix_tokens, int h, int w, int out_h, int out_w) -> Tensor");
   m.def(
       "resample_tokens_input_grad.out(Tensor grad, int prefix_tokens, int h, int w, int out_h, int out_w, *, "
       "Tensor(a!) out) -> ()");

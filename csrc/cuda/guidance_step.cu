@@ -24,25 +24,29 @@ void guidance_step_cuda_out(const Tensor& latents_in, const Tensor& cond_in, con
   const auto uncond = contiguous_or_none(uncond_in);
   const auto grad = contiguous_or_none(grad_in);
   const auto noise = contiguous_or_none(noise_in);
-  const int64_t shape[] = {latents.size(0), kGuidanceParts, 2};
+  const int64_t size = out.numel() / out.size(0);
+  const int64_t part_size =
+      std::max(kGuidanceMinPart, ((size + kGuidanceMaxParts - 1) / kGuidanceMaxParts + 3) / 4 * 4);
+  const int64_t parts = (size + part_size - 1) / part_size;
+  const int64_t sample_blocks = (size + kGuidanceBlockSize - 1) / kGuidanceBlockSize;
+  check_grid("guidance_step", latents.size(0) * std::max(sample_blocks, parts));
+  const int64_t shape[] = {latents.size(0), parts, 2};
   const Tensor sums = torch::stable::new_empty(latents, {shape, 3}, torch::headeronly::ScalarType::Double);
   dispatch_cuda_dtype("guidance_step", cond.scalar_type(), [&](auto tag) {
-    using M = decltype(tag);
-    GuidanceLaunch<M> l{guidance_params<float, M>(latents, cond, uncond, grad, noise, guidance_scale, strength,
-                                                  relative, latents_coef, velocity_coef, noise_coef, out, norms),
-                        mutable_data<double>(sums), 0, 0};
-    l.part_size = ((l.p.size + kGuidanceParts - 1) / kGuidanceParts + 7) / 8 * 8;
-    l.sample_blocks = (l.p.size + kGuidanceBlockSize - 1) / kGuidanceBlockSize;
-    check_grid("guidance_step", l.p.batch * std::max<int64_t>(l.sample_blocks, kGuidanceParts));
-    const auto grid = [&](int64_t sample_blocks) { return dim3(static_cast<unsigned>(l.p.batch * sample_blocks)); };
+    using T = decltype(tag);
+    const GuidanceStepParams<T> p{
+        guidance_params<float, T>(latents, cond, uncond, grad, noise, guidance_scale, strength, relative, latents_coef,
+                                  velocity_coef, noise_coef, out, norms),
+        mutable_data<double>(sums), parts, part_size, sample_blocks};
+    const auto grid = [&](int64_t blocks) { return dim3(static_cast<unsigned>(p.step.batch * blocks)); };
     // Four elements: 16 bytes of float32, 8 of the model's 16-bit types.
-    const auto pointers = {static_cast<const void*>(l.p.latents), static_cast<const void*>(l.p.cond),
-                           static_cast<const void*>(l.p.uncond),  static_cast<const void*>(l.p.grad),
-                           static_cast<const void*>(l.p.noise),   static_cast<const void*>(l.p.out)};
-    dispatch_vector_width<float>(pointers, {l.p.size}, [&](auto vec) {
+    const auto pointers = {static_cast<const void*>(p.step.latents), static_cast<const void*>(p.step.cond),
+                           static_cast<const void*>(p.step.uncond),  static_cast<const void*>(p.step.grad),
+                           static_cast<const void*>(p.step.noise),   static_cast<const void*>(p.step.out)};
+    dispatch_vector_width<float>(pointers, {p.step.size}, [&](auto vec) {
       constexpr int kVec = decltype(vec)::value;
-      launch(guidance_norms<M, kVec>, grid(kGuidanceParts), dim3(kGuidanceThreads), latents, l);
-      launch(guidance_apply<M, kVec>, grid(l.sample_blocks), dim3(kGuidanceThreads), latents, l);
+      launch(guidance_norms<T, kVec>, grid(parts), dim3(kGuidanceThreads), latents, p);
+      launch(guidance_apply<T, kVec>, grid(sample_blocks), dim3(kGuidanceThreads), latents, p);
     });
   });
 }
