@@ -209,6 +209,11 @@ class DiffusionBackbone:
         tokens, shell.norm_out.tokens = shell.norm_out.tokens, None
         return tokens
 
+    def fused(self):
+        """A context in which every block that the fused ops know runs on them, whoever calls the transformer."""
+        blocks = blocks_of(self.transformer)
+        return fused_blocks(blocks, [Want()] * len(blocks))
+
     def _prefix(self, depth: int, rows: Tensor | None, memory: str, prune: bool) -> tuple[list[nn.Module], list[Want]]:
         """The first ``depth`` blocks and what each has to yield."""
         wants = [Want(memory=memory)] * (depth - 1) + [Want(rows, prune, memory)]

@@ -142,6 +142,7 @@ def guided_sample(
         torch.inference_mode(False),  # a caller's inference mode would leave no way to a gradient
         frozen(pipe.transformer),
         frozen(pipe.vae),
+        backbone.fused(),
         count_block_rows(pipe.transformer) as rows,
         clock("total"),
     ):

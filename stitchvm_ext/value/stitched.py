@@ -130,10 +130,11 @@ class StitchedValue(nn.Module, ValueEstimator):
         """Conditional and unconditional velocity, V and its gradient, at the transformer cost of plain CFG."""
         self.check_latent_size(latents.shape[-2:])
         null = expand_rows(self.null_condition, latents.shape[0])
-        uncond, tokens, leaf = self.backbone.velocity_and_features(
-            latents, sigma, null, self.depth, rows=self.read_tokens, memory=self.memory
-        )
-        with torch.inference_mode(False), torch.enable_grad():
+        # Both branches on the same blocks: their rounding errors then cancel in the difference that guidance amplifies.
+        with self.backbone.fused(), torch.inference_mode(False), torch.enable_grad():
+            uncond, tokens, leaf = self.backbone.velocity_and_features(
+                latents, sigma, null, self.depth, rows=self.read_tokens, memory=self.memory
+            )
             # Two backward passes: on a GPU the suffix runs beside the conditional branch, on a stream of its own.
             with side_stream(tokens.device) as join:
                 entering = tokens.detach().requires_grad_()

@@ -14,17 +14,6 @@ TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 exact = pytest.mark.usefixtures("exact_rms_norm")
 
 
-@pytest.fixture
-def exact_rms_norm(monkeypatch):
-    """diffusers takes the variance of float64 tensors in float32; here it has to be the formula itself."""
-    from diffusers.models.normalization import RMSNorm
-
-    def forward(self, x):
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
-
-    monkeypatch.setattr(RMSNorm, "forward", forward)
-
-
 def transformer(kind: str):
     """SD3.5 Medium (dual attention, q/k norms), SD3.5 Large (q/k norms), SD3 Medium (neither)."""
     from diffusers import SD3Transformer2DModel

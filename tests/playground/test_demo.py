@@ -45,6 +45,7 @@ def test_null_text_is_the_pipelines_own(pipe):
         assert all(torch.equal(value.null_condition[name], row) for name, row in expected.items())
 
 
+@pytest.mark.usefixtures("exact_rms_norm")
 def test_shared_prefix_is_exact_in_float64():
     pipe = load_pipeline()
     value = load_value(pipe)
