@@ -4,7 +4,7 @@
 #include "lane_sum.h"  // STITCHVM_LAMBDA
 #include "launch.h"
 #include "map.h"
-#include "math.h"
+#include "vector_math.h"
 
 namespace stitchvm {
 namespace {
