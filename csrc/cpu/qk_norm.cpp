@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kLanes = 16;      // partial sums of a head
 constexpr int64_t kHeads = 32;  // heads that are reduced together
-constexpr int64_t kAhead = 3;   // tokens by which gradients are prefetched
+constexpr int64_t kAhead = 2;   // tokens by which gradients are prefetched
 
 // What the kernels read instead of the weights: widened once per call, ones where there is no weight. Split by the
 // parity of the channel (even ones first) where the kernel works in pairs.

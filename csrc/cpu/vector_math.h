@@ -12,7 +12,7 @@ namespace stitchvm {
 // A constant that the optimiser does not see. A clamp to visible constants is compiled into separate code for what
 // lies outside, which costs more than the two instructions of the clamp.
 template <class A>
-inline A hidden(A value) {
+STITCHVM_INLINE A hidden(A value) {
   asm("" : "+m"(value));
   return value;
 }
