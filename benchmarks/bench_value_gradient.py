@@ -86,7 +86,7 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> dict:
     def fused(memory: str):
         def run(z: Tensor) -> Tensor:
             value.memory = memory
-            return value.suffix.score(value.output(z, sigma), condition)
+            return value.suffix.score(value(value.tokens(z, sigma), pooled_only=True), condition)
 
         return run
 

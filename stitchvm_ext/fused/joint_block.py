@@ -2,8 +2,8 @@
 activations alone.
 
 The block's weights are frozen, so the backward needs no layer inputs: it keeps the block's input, q, k, v, the
-attention's output and statistics, the middle of the residual stream and the MLP's pre-activation. At the "recompute"
-level q, k, v and the pre-activation are made again from the block's input.
+attention's output and statistics, the middle of the residual stream and the image MLP's pre-activation. At the
+"recompute" level q, k, v and the pre-activation are made again.
 """
 
 from __future__ import annotations
@@ -188,8 +188,9 @@ def forward(
         state.update(kept, modulations=m)
         if want.rows is not None and not want.prune:
             _restrict(state, want.rows)
+        state.pop("text_pre", None)  # a twelfth of the tokens: made again at either level
         if want.memory == "recompute":
-            for name in ("q", "k", "v", "q_rstd", "k_rstd", "q2", "k2", "v2", "q_rstd2", "k_rstd2", "pre", "text_pre"):
+            for name in ("q", "k", "v", "q_rstd", "k_rstd", "q2", "k2", "v2", "q_rstd2", "k_rstd2", "pre"):
                 state.pop(name, None)
     if computed is not None:
         image_out = torch.zeros_like(image).index_copy_(1, computed, image_out)
@@ -234,7 +235,9 @@ def backward(
     n = image.shape[1] if rows is None else len(rows)
     with_text_queries = rows is None and not block.context_pre_only
     if want.memory == "recompute":
-        _recompute(block, state, rows, with_text_queries)
+        qkv, qkv2 = _attention_inputs(block, image, state["text"], m, rows, with_text_queries)
+        state.update(_named("", qkv), **(_named("2", qkv2) if qkv2 is not None else {}))
+        state["pre"] = _pre_activation(block.ff, state["middle"], m.image, block.norm2.eps)
 
     _, _, gate, _, scale_mlp, gate_mlp, *second = m.image.vectors
     gate2 = second[2] if second else None
@@ -245,6 +248,7 @@ def backward(
     out_grad = linear_input_grad(branch_grad, block.attn.to_out[0])
     text_middle_grad = None
     if text_grad is not None:
+        state["text_pre"] = _pre_activation(block.ff_context, state["text_middle"], m.text, block.norm2_context.eps)
         _, _, gate, _, scale_mlp, gate_mlp = m.text.vectors
         text_middle_grad, branch_grad, _ = _mlp_input_grad(
             text_grad, block.ff_context, state["text_pre"], state["text_middle"], block.norm2_context.eps, m.text.rows,
@@ -327,18 +331,10 @@ def _add_query_grad(y_grad: Tensor, q_grad: Tensor, to_q: nn.Linear, rows: Tenso
         y_grad.index_add_(1, rows, linear_input_grad(q_grad, to_q))
 
 
-def _recompute(block: nn.Module, state: dict[str, Any], rows: Tensor | None, text_queries: bool) -> None:
-    """Put q, k, v and the pre-activations back into a state that was kept without them."""
-    m = state["modulations"]
-    qkv, qkv2 = _attention_inputs(block, state["image"], state["text"], m, rows, text_queries)
-    state.update(_named("", qkv), **(_named("2", qkv2) if qkv2 is not None else {}))
-    streams = [("", block.ff, block.norm2, m.image)]
-    if "text_middle" in state:
-        streams.append(("text_", block.ff_context, block.norm2_context, m.text))
-    for stream, mlp, norm, vectors in streams:
-        _, _, _, shift, scale, *_ = vectors.vectors
-        _, y, _ = residual_norm(state[f"{stream}middle"], scale=scale, shift=shift, rows=vectors.rows, eps=norm.eps)
-        state[f"{stream}pre"] = mlp.net[0].proj(y)
+def _pre_activation(mlp: nn.Module, middle: Tensor, m: Modulation, eps: float) -> Tensor:
+    """What the MLP's nonlinearity read in the forward, made again."""
+    _, _, _, shift, scale, *_ = m.vectors
+    return mlp.net[0].proj(residual_norm(middle, scale=scale, shift=shift, rows=m.rows, eps=eps)[1])
 
 
 # -- the state ---------------------------------------------------------------------------------------------------------
@@ -374,8 +370,7 @@ def _restrict(state: dict[str, Any], rows: Tensor) -> None:
     _keep_queries(state, rows)
     for name in ("middle", "pre"):
         state[name] = _select(state[name], rows)
-    for name in ("text_middle", "text_pre"):
-        state.pop(name, None)
+    state.pop("text_middle", None)
 
 
 def _select(x: Tensor, rows: Tensor | slice | None) -> Tensor:

@@ -51,6 +51,7 @@ class RewardModel(nn.Module):
     image_size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    pooled_tokens: tuple[int, ...] | None = None  # positions whose tokens alone make the embedding; None: all
     distillation: str = "embedding"
     kept_from: int = 0  # 0 is the whole image network; j >= 1 the suffix from block j (see :meth:`suffix`)
 
@@ -159,37 +160,52 @@ class RewardModel(nn.Module):
                 found[layer] = tokens
         return found
 
-    def forward_from(self, tokens: Tensor, layer: int, memory: str = "save") -> RewardOutput:
-        """The suffix r_{>=j}. ``tokens``: patch embeddings [B, N, C] for j = 1, tokens with prefix [B, P+N, C] for j >
-        1.
+    def forward_from(self, tokens: Tensor, layer: int, memory: str = "save", pooled_only: bool = False) -> RewardOutput:
+        """The suffix r_{>=j}. Frozen blocks that the fused ops know run on them.
 
-        Frozen blocks that the fused ops know run on them; ``memory``, "save" or "recompute", is what these keep for the
-        backward.
+        Args:
+            tokens: patch embeddings [B, N, C] for j = 1, tokens with prefix [B, P+N, C] for j > 1.
+            layer: j.
+            memory: what fused blocks keep for the backward, "save" or "recompute".
+            pooled_only: only the embedding will be read; the last block may then compute nothing but the tokens that
+                pooling reads, and the output's other tokens are not defined.
         """
         self.check_layer(layer)
         if layer == 1:
             tokens = self.enter(tokens)
-        for block in self.blocks[layer - 1 :]:
+        *blocks, last = self.blocks[layer - 1 :]
+        for block in blocks:
             tokens = run_block(block, tokens, memory)
+        tokens = run_block(last, tokens, memory, self.pooled_tokens if pooled_only else None)
         return self.finish(tokens)
 
-    def output(self, images: Tensor) -> RewardOutput:
-        """The whole image network on images [B, 3, H, W] in [0, 1]. A suffix has no such pass and raises ValueError."""
+    def output(self, images: Tensor, pooled_only: bool = False) -> RewardOutput:
+        """The whole image network on images [B, 3, H, W] in [0, 1]. A suffix has no such pass and raises ValueError.
+
+        ``pooled_only`` as for :meth:`forward_from`.
+        """
         self.check_images(images)
         self.check_whole()
-        return self.forward_from(self.patch_tokens(self.preprocess(images)), 1)
+        return self.forward_from(self.patch_tokens(self.preprocess(images)), 1, pooled_only=pooled_only)
 
     def forward(self, images: Tensor, prompts: list[str] | tuple[str, ...] | None = None) -> Tensor:
         """Reward [B] of images [B, 3, H, W] in [0, 1] for their prompts."""
         if prompts is not None and len(prompts) != len(images):
             raise ValueError(f"prompts: expected {len(images)}, one per image, got {len(prompts)}")
-        return self.score(self.output(images), self.encode_condition(prompts) if prompts is not None else None)
+        condition = self.encode_condition(prompts) if prompts is not None else None
+        return self.score(self.output(images, pooled_only=True), condition)
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
 
-def run_block(block: nn.Module, tokens: Tensor, memory: str = "save") -> Tensor:
-    """A block of an image tower on tokens [B, N, C]: on the fused ops if it is frozen and they know it."""
-    return vit_block(block, tokens, memory) if is_vit_block(block, tokens) else block(tokens)
+def run_block(block: nn.Module, tokens: Tensor, memory: str = "save", read: tuple[int, ...] | None = None) -> Tensor:
+    """A block of an image tower on tokens [B, N, C]: on the fused ops if it is frozen and they know it.
+
+    With ``read``, tokens at other positions are not needed.
+    """
+    if not is_vit_block(block, tokens):
+        return block(tokens)
+    rows = None if read is None else torch.tensor(read, device=tokens.device)
+    return vit_block(block, tokens, memory, rows)

@@ -82,6 +82,7 @@ class OpenClipReward(RewardModel):
         self.width = visual.conv1.out_channels
         self.grid = tuple(visual.grid_size)
         self.num_prefix_tokens = 1
+        self.pooled_tokens = (0,) if visual.attn_pool is None and visual.pool_type == "tok" else None
         self.image_size = tuple(visual.image_size)
         self.mean, self.std = tuple(preprocess_config["mean"]), tuple(preprocess_config["std"])
 

@@ -62,7 +62,9 @@ class MonteCarloValue(ValueEstimator):
                 velocity = self.backbone.guided_velocity(z, now, condition)
                 noise = torch.randn(z.shape, generator=generator).to(z)
                 z = step(z, velocity.float(), now, after, noise)
-            rewards.append(self.reward.score(self.reward.output(decode_latents(self.vae, z).clamp(0, 1)), text))
+            rewards.append(
+                self.reward.score(self.reward.output(decode_latents(self.vae, z).clamp(0, 1), pooled_only=True), text)
+            )
         return torch.stack(rewards)
 
     def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:

@@ -101,9 +101,12 @@ class StitchedValue(nn.Module, ValueEstimator):
         null = expand_rows(self.null_condition, latents.shape[0])
         return self.backbone.features(latents, sigma, null, self.depth, rows=self.read_tokens, memory=self.memory)
 
-    def forward(self, tokens: Tensor) -> RewardOutput:
-        """Stitch and reward suffix on backbone tokens [B, N, C]: the trainable part, which data parallelism wraps."""
-        return self.suffix.forward_from(self.stitch(tokens, self.grid), self.layer, self.memory)
+    def forward(self, tokens: Tensor, pooled_only: bool = False) -> RewardOutput:
+        """Stitch and reward suffix on backbone tokens [B, N, C]: the trainable part, which data parallelism wraps.
+
+        ``pooled_only``: the embedding alone will be read, see :meth:`RewardModel.forward_from`.
+        """
+        return self.suffix.forward_from(self.stitch(tokens, self.grid), self.layer, self.memory, pooled_only)
 
     def output(self, latents: Tensor, sigma: float | Tensor) -> RewardOutput:
         """The suffix's tokens and embedding for noisy latents [B, C, H, W]."""
@@ -114,7 +117,7 @@ class StitchedValue(nn.Module, ValueEstimator):
 
     def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
         self.check_condition(latents, condition)
-        return self.score(self.output(latents, sigma), condition)
+        return self.score(self(self.tokens(latents, sigma), pooled_only=True), condition)
 
     def is_null_text(self, encoding: Encoding | None) -> bool:
         """Whether a branch with this encoding runs the very prefix that the value needs: its null text in every row."""
@@ -138,7 +141,7 @@ class StitchedValue(nn.Module, ValueEstimator):
             # Two backward passes: on a GPU the suffix runs beside the conditional branch, on a stream of its own.
             with side_stream(tokens.device) as join:
                 entering = tokens.detach().requires_grad_()
-                value = self.score(self(entering), condition)
+                value = self.score(self(entering, pooled_only=True), condition)
                 (token_grad,) = torch.autograd.grad(value.sum(), entering)
             with torch.no_grad():
                 cond = self.backbone.velocity(latents, sigma, condition.cond)

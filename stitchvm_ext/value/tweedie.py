@@ -31,7 +31,9 @@ class TweedieValue(ValueEstimator):
         """The reward [B] of the posterior mean that a velocity at ``latents`` implies."""
         clean = latents.float() - sigma.view(-1, 1, 1, 1) * velocity.float()
         images = decode_latents(self.vae, clean)
-        return self.reward.score(self.reward.output(images), self.reward.encode_condition(condition.prompts))
+        return self.reward.score(
+            self.reward.output(images, pooled_only=True), self.reward.encode_condition(condition.prompts)
+        )
 
     def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
         self.check_condition(latents, condition)

@@ -38,6 +38,17 @@ def test_values_and_gradient(act, layer_scale, memory):
     torch.testing.assert_close(got, expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("memory", ["save", "recompute"])
+def test_only_the_tokens_that_are_read(memory):
+    block, rows = make_block("quick_gelu", 0.3), torch.tensor([0, 5])
+    tokens = torch.randn(2, 17, 32, dtype=torch.float64).requires_grad_()
+    expected, got = block(tokens)[:, rows], vit_block(block, tokens, memory, rows)[:, rows]
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+    (expected,) = torch.autograd.grad(expected.square().sum(), tokens)
+    (got,) = torch.autograd.grad(got.square().sum(), tokens)
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+
+
 @pytest.mark.parametrize("what", ["trained", "hook", "adapter", "activation", "autocast"])
 def test_a_block_with_other_parts_is_left_alone(what):
     block, tokens = make_block(), torch.randn(1, 3, 32)
