@@ -14,6 +14,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "../cuda/types.cuh"
@@ -27,8 +28,25 @@
 
 namespace stitchvm::emulator {
 
-// n elements that start `offset` elements behind a 16-byte boundary, normally distributed. The margins around them are
-// poisoned for the address sanitizer, and without it hold a pattern that tells of stray writes.
+inline double to_double(double v) { return v; }
+template <class T>
+double to_double(T v) {
+  return static_cast<double>(to_float(v));
+}
+
+template <class T>
+T from_double(double v) {
+  if constexpr (std::is_same_v<T, double>)
+    return v;
+  else
+    return from_float<T>(static_cast<float>(v));
+}
+
+inline unsigned buffers_made = 0;
+
+// n elements that start `offset` elements behind a 16-byte boundary, normally distributed and other ones in every
+// buffer. The margins around them are poisoned for the address sanitizer, and without it hold a pattern that tells of
+// stray writes.
 template <class T>
 class Buffer {
  public:
@@ -38,9 +56,9 @@ class Buffer {
         first_(kMargin + offset * sizeof(T)),
         storage_(new (std::align_val_t(16)) unsigned char[first_ + bytes_ + kMargin]) {
     std::fill_n(storage_.get(), first_ + bytes_ + kMargin, kPattern);
-    std::mt19937 random(static_cast<unsigned>(n));
-    std::normal_distribution<float> normal(static_cast<float>(mean));
-    for (int64_t i = 0; i < n; ++i) data()[i] = from_float<T>(normal(random));
+    std::mt19937 random(buffers_made++);
+    std::normal_distribution<double> normal(mean);
+    for (int64_t i = 0; i < n; ++i) data()[i] = from_double<T>(normal(random));
     ASAN_POISON_MEMORY_REGION(storage_.get(), first_);
     ASAN_POISON_MEMORY_REGION(storage_.get() + first_ + bytes_, kMargin);
   }
@@ -50,7 +68,7 @@ class Buffer {
   T* data() { return reinterpret_cast<T*>(storage_.get() + first_); }
   const T* data() const { return reinterpret_cast<const T*>(storage_.get() + first_); }
   int64_t size() const { return size_; }
-  double operator[](int64_t i) const { return static_cast<double>(to_float(data()[i])); }
+  double operator[](int64_t i) const { return to_double(data()[i]); }
 
   void clear() { std::fill_n(storage_.get() + first_, bytes_, kPattern); }
 
@@ -104,7 +122,7 @@ void expect(const char* what, const Buffer<T>& got, F exact) {
     expected.push_back(exact(i));
     largest = std::max(largest, std::abs(expected.back()));
   }
-  const double rounding = std::is_same_v<T, float> ? 0.0 : std::is_same_v<T, __half> ? 0x1p-11 : 0x1p-8;
+  const double rounding = std::is_floating_point_v<T> ? 0.0 : std::is_same_v<T, __half> ? 0x1p-11 : 0x1p-8;
   const double bound = (rounding + 32.0 * std::numeric_limits<float>::epsilon()) * largest;
   for (int64_t i = 0; i < got.size(); ++i) {
     if (std::abs(got[i] - expected[i]) <= bound) continue;  // false for NaN

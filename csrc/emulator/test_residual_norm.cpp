@@ -28,7 +28,7 @@ void test(int64_t samples, int64_t tokens, int64_t channels, int threads, int of
   const int64_t count = samples * tokens;
   const int64_t n = count * channels;
   const double eps = 1e-6;
-  const Buffer<T> x(n, offset, 0.5), branch(n + offset, offset), branch2(n + 2 * offset, offset);
+  const Buffer<T> x(n, offset, 0.5), branch(n, offset), branch2(n, offset);
   const Buffer<T> gate(3 * channels, offset), gate2(3 * channels, offset), scale(3 * channels, offset);
   const Buffer<T> scale2(3 * channels, offset), shift(3 * channels, offset);
   const std::vector<int64_t> index = {2, 0};
