@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "../common/pair.h"
+#include "channels.h"
 #include "types.h"
 
 namespace stitchvm {
@@ -37,23 +38,11 @@ template <class T>
 STITCHVM_INLINE Pair<T> load_pair(const T* p) {
   return {p[0], p[1]};
 }
-// Of bfloat16, from one 32-bit word (little endian).
+// Of bfloat16, from one 32-bit word.
 STITCHVM_INLINE Pair<float> load_pair(const BFloat16* p) {
-  uint32_t bits;
-  std::memcpy(&bits, p, sizeof bits);
-  const uint32_t first = bits << 16, second = bits & 0xffff0000u;
-  Pair<float> pair;
-  std::memcpy(&pair.first, &first, sizeof first);
-  std::memcpy(&pair.second, &second, sizeof second);
-  return pair;
-}
-
-// The float's bits, rounded to bfloat16 in the upper half (ties to even). As `narrow`, but for NaNs whose low bits are
-// zero: those that come from bfloat16 inputs and those that arithmetic makes.
-STITCHVM_INLINE uint32_t round_to_upper_half(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  return bits + 0x7fffu + ((bits >> 16) & 1u);
+  float v[2];
+  load<2>(p, v);
+  return {v[0], v[1]};
 }
 
 template <class T>
@@ -61,10 +50,10 @@ STITCHVM_INLINE void store_pair(T* p, Pair<T> v) {
   p[0] = v.first;
   p[1] = v.second;
 }
-// See round_to_upper_half for NaNs.
+// See rounded_bits for NaNs.
 STITCHVM_INLINE void store_pair(BFloat16* p, Pair<float> v) {
-  const uint32_t bits = (round_to_upper_half(v.first) >> 16) | (round_to_upper_half(v.second) & 0xffff0000u);
-  std::memcpy(p, &bits, sizeof bits);
+  const float values[2] = {v.first, v.second};
+  store<2>(p, values);
 }
 
 // For any NaN.

@@ -157,8 +157,13 @@ def register(namespace: str) -> None:
                 "resample_tokens: the kernel gives gradients for x and residual alone; call "
                 "stitchvm_ext.ops.resample_tokens instead"
             )
-        for_x = input_grad(grad, ctx.prefix_tokens, *ctx.sides) if ctx.needs_input_grad[0] else None
-        for_residual = grad[:, ctx.prefix_tokens :] if ctx.needs_input_grad[4] else None
+        straight = grad[:, ctx.prefix_tokens :]
+        for_x = None
+        if ctx.needs_input_grad[0]:  # with equal grids the resampling is the identity
+            h, w, out_h, out_w = ctx.sides
+            same = (h, w) == (out_h, out_w)
+            for_x = straight if same else input_grad(grad, ctx.prefix_tokens, *ctx.sides)
+        for_residual = straight if ctx.needs_input_grad[4] else None
         return for_x, None, None, None, for_residual, None, None, None, None
 
     torch.library.register_autograd(f"{namespace}::resample_tokens", backward, setup_context=setup_context)
