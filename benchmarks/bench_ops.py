@@ -321,6 +321,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=1.5, help="time for each row")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--name", help='of the result; "ops" (on a GPU "ops_cuda") for all cases, none for some')
     return parser
 
 
@@ -335,11 +336,11 @@ def main() -> None:
                 rows += measure(case, args, getattr(torch, dtype), threads)
     met = sum(row["meets_the_bar"] for row in rows)
     print(f"{met} of {len(rows)} rows: 2x eager and 1.2x torch.compile, or 70% of the copy bandwidth")
-    if not args.only:
+    name = args.name or ("" if args.only else "ops" if args.device == "cpu" else "ops_cuda")
+    if name:
         info = ops.info()
         for library in info["libraries"].values():
             library.pop("path")  # the result is committed; a path of this machine means nothing elsewhere
-        name = "ops" if args.device == "cpu" else "ops_cuda"
         print(f"wrote {save(name, {'settings': vars(args), 'info': info, 'rows': rows})}")
 
 

@@ -117,6 +117,8 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> dict:
         return run
 
     calls = {name: gradient(forward) for name, forward in forwards.items()}
+    row["products_share"] = products_share(calls["eager"])
+    print(f"matrix products and attention take {row['products_share']:.0%} of eager's time", flush=True)
     row["error"] = errors(calls, dtype)
     row |= alternate(calls, seconds=0, rounds=args.rounds, warmup=1, device=args.device)
     row["speedup"] = speedups({name: row[name] for name in calls}, "fused")
@@ -134,6 +136,18 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> dict:
             flush=True,
         )
     return row
+
+
+def products_share(call) -> float:
+    """The share of a call's time that matrix products and attention take: what fusing the rest cannot touch."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    on_gpu = torch.cuda.is_available()
+    with torch.profiler.profile(activities=kinds + [torch.profiler.ProfilerActivity.CUDA] * on_gpu) as profile:
+        call()
+    time_of = lambda e: e.self_device_time_total if on_gpu else e.self_cpu_time_total  # noqa: E731
+    events = [e for e in profile.key_averages() if e.key.startswith("aten::")]
+    products = ("mm", "conv", "scaled_dot_product", "flash", "efficient_attention", "cudnn_attention")
+    return sum(time_of(e) for e in events if any(p in e.key for p in products)) / sum(time_of(e) for e in events)
 
 
 def errors(calls: dict, dtype: torch.dtype) -> dict[str, float]:

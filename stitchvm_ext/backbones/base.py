@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fused.function import Want
-from ..fused.joint_block import fused_blocks
+from ..fused.joint_block import FusedForward, fused_blocks
 from .condition import Condition, Encoding
 
 # The names under which diffusers' transformers keep their blocks, in the order in which they run.
@@ -210,8 +210,11 @@ class DiffusionBackbone:
         return tokens
 
     def fused(self):
-        """A context in which every block that the fused ops know runs on them, whoever calls the transformer."""
-        blocks = blocks_of(self.transformer)
+        """A context in which every block that the fused ops know runs on them, whoever calls the transformer.
+
+        Blocks that are fused already keep their memory level.
+        """
+        blocks = [b for b in blocks_of(self.transformer) if not isinstance(b.__dict__.get("forward"), FusedForward)]
         return fused_blocks(blocks, [Want()] * len(blocks))
 
     def _prefix(self, depth: int, rows: Tensor | None, memory: str, prune: bool) -> tuple[list[nn.Module], list[Want]]:
