@@ -150,18 +150,25 @@ def forward(
     gate2 = m.image.vectors[8] if block.attn2 is not None else None
     computed = want.rows if want.prune else None
     text_goes_on = not (block.context_pre_only or want.prune)
-    kept: dict[str, Any] = {}
+    keep = state.update if state is not None else lambda entries: None  # without a state nothing outlives its use
 
-    qkv, qkv2 = _attention_inputs(block, image, text, m, computed, text_goes_on)
+    y, y2, text_y = _normed(block, image, text, m)
+    qkv = _joint_qkv(block.attn, y, text_y, computed, text_goes_on)
+    del y, text_y
     out, statistics = attention(qkv.q, qkv.k, qkv.v)
-    kept.update(_named("", qkv, out, statistics))
+    keep(_named("", qkv, out, statistics))
+    del qkv
     n = image.shape[1] if computed is None else len(computed)
     branch = block.attn.to_out[0](out[:, :n].flatten(2))
+    text_branch = block.attn.to_add_out(out[:, n:].flatten(2)) if text_goes_on else None
     branch2 = None
-    if qkv2 is not None:
-        out2, statistics = attention(qkv2.q, qkv2.k, qkv2.v)
-        kept.update(_named("2", qkv2, out2, statistics))
-        branch2 = block.attn2.to_out[0](out2.flatten(2))
+    if block.attn2 is not None:
+        qkv = _second_qkv(block.attn2, y2, computed)
+        out, statistics = attention(qkv.q, qkv.k, qkv.v)
+        keep(_named("2", qkv, out, statistics))
+        del qkv
+        branch2 = block.attn2.to_out[0](out.flatten(2))
+    del y2, out
     middle, y, _ = residual_norm(
         image if computed is None else image.index_select(1, computed),
         branch=branch, gate=gate, branch2=branch2, gate2=gate2,
@@ -170,25 +177,25 @@ def forward(
     pre = block.ff.net[0].proj(y)
     branch = block.ff.net[2](activation(pre, MLP_KIND))
     image_out, _, _ = residual_norm(middle, branch=branch, gate=gate_mlp, rows=m.image.rows)
-    kept.update(middle=middle, pre=pre)
+    keep({"middle": middle, "pre": pre})
+    del y, pre, branch, branch2
 
     text_out = None
     if text_goes_on:
         _, _, gate, shift_mlp, scale_mlp, gate_mlp = m.text.vectors
         text_middle, y, _ = residual_norm(
-            text, branch=block.attn.to_add_out(out[:, n:].flatten(2)), gate=gate,
+            text, branch=text_branch, gate=gate,
             scale=scale_mlp, shift=shift_mlp, rows=m.text.rows, eps=block.norm2_context.eps,
         )  # fmt: skip
         text_pre = block.ff_context.net[0].proj(y)
         branch = block.ff_context.net[2](activation(text_pre, MLP_KIND))
         text_out, _, _ = residual_norm(text_middle, branch=branch, gate=gate_mlp, rows=m.text.rows)
-        kept.update(text_middle=text_middle, text_pre=text_pre)
+        keep({"text_middle": text_middle})  # its pre-activation, a twelfth of the tokens, is made again
 
     if state is not None:
-        state.update(kept, modulations=m)
+        state.update(modulations=m)
         if want.rows is not None and not want.prune:
             _restrict(state, want.rows)
-        state.pop("text_pre", None)  # a twelfth of the tokens: made again at either level
         if want.memory == "recompute":
             for name in ("q", "k", "v", "q_rstd", "k_rstd", "q2", "k2", "v2", "q_rstd2", "k_rstd2", "pre"):
                 state.pop(name, None)
@@ -197,23 +204,26 @@ def forward(
     return image_out, text_out
 
 
-def _attention_inputs(
-    block: nn.Module, image: Tensor, text: Tensor, m: _Modulations, rows: Tensor | None, text_queries: bool
-):
-    """q, k, v of the joint attention and of the image's own second one (or None); queries of ``rows`` alone."""
+def _normed(block: nn.Module, image: Tensor, text: Tensor, m: _Modulations) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What the joint attention, the image's own one (or None) and the joint one's text side read."""
     _, y, y2 = residual_norm(image, **m.image_norm, eps=block.norm1.norm.eps)
     _, text_y, _ = residual_norm(text, **m.text_norm, eps=block.norm1_context.norm.eps)
-    attn = block.attn
-    qkv = qk_norm(
+    return y, y2, text_y
+
+
+def _joint_qkv(attn: nn.Module, y: Tensor, text_y: Tensor, rows: Tensor | None, text_queries: bool) -> QKV:
+    """q, k, v of the joint attention; queries of the image's ``rows`` alone."""
+    text_q = attn.add_q_proj(text_y) if text_queries else None
+    return qk_norm(
         attn.to_q(_select(y, rows)), attn.to_k(y), attn.to_v(y), heads=attn.heads,
-        context=(attn.add_q_proj(text_y) if text_queries else None, attn.add_k_proj(text_y), attn.add_v_proj(text_y)),
-        **_qk_weights(attn),
+        context=(text_q, attn.add_k_proj(text_y), attn.add_v_proj(text_y)), **_qk_weights(attn),
     )  # fmt: skip
-    if block.attn2 is None:
-        return qkv, None
-    attn = block.attn2
-    qkv2 = qk_norm(attn.to_q(_select(y2, rows)), attn.to_k(y2), heads=attn.heads, **_qk_weights(attn, False))
-    return qkv, qkv2._replace(v=attn.to_v(y2).unflatten(-1, (attn.heads, -1)))
+
+
+def _second_qkv(attn: nn.Module, y: Tensor, rows: Tensor | None) -> QKV:
+    """q, k, v of the image's own attention."""
+    qkv = qk_norm(attn.to_q(_select(y, rows)), attn.to_k(y), heads=attn.heads, **_qk_weights(attn, False))
+    return qkv._replace(v=attn.to_v(y).unflatten(-1, (attn.heads, -1)))
 
 
 # -- the backward ------------------------------------------------------------------------------------------------------
@@ -235,8 +245,11 @@ def backward(
     n = image.shape[1] if rows is None else len(rows)
     with_text_queries = rows is None and not block.context_pre_only
     if want.memory == "recompute":
-        qkv, qkv2 = _attention_inputs(block, image, state["text"], m, rows, with_text_queries)
-        state.update(_named("", qkv), **(_named("2", qkv2) if qkv2 is not None else {}))
+        y, y2, text_y = _normed(block, image, state["text"], m)
+        state.update(_named("", _joint_qkv(block.attn, y, text_y, rows, with_text_queries)))
+        if block.attn2 is not None:
+            state.update(_named("2", _second_qkv(block.attn2, y2, rows)))
+        del y, y2, text_y
         state["pre"] = _pre_activation(block.ff, state["middle"], m.image, block.norm2.eps)
 
     _, _, gate, _, scale_mlp, gate_mlp, *second = m.image.vectors
