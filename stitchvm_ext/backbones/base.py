@@ -8,13 +8,13 @@ velocity, the shared prefix) is written once, here.
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..fused.function import Want
+from ..fused.function import Want, is_compiled
 from ..fused.joint_block import FusedForward, fused_blocks
 from .condition import Condition, Encoding
 
@@ -212,8 +212,10 @@ class DiffusionBackbone:
     def fused(self):
         """A context in which every block that the fused ops know runs on them, whoever calls the transformer.
 
-        Blocks that are fused already keep their memory level.
+        Blocks that are fused already keep their memory level; a compiled transformer is left as it is.
         """
+        if is_compiled(self.transformer):
+            return nullcontext()
         blocks = [b for b in blocks_of(self.transformer) if not isinstance(b.__dict__.get("forward"), FusedForward)]
         return fused_blocks(blocks, [Want()] * len(blocks))
 

@@ -46,6 +46,11 @@ def is_frozen(module: nn.Module) -> bool:
     return not any(p.requires_grad for p in module.parameters())
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called: its user chose another way to fuse."""
+    return module._compiled_call_impl is not None
+
+
 def is_plain_linear(module: Any) -> bool:
     """Exactly ``nn.Linear`` in a floating-point dtype: an adapter or a quantised layer has another backward."""
     return type(module) is nn.Linear and module.weight.is_floating_point() and "forward" not in module.__dict__

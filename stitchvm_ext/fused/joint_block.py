@@ -20,7 +20,16 @@ from ..ops.activation import KINDS, activation, activation_input_grad
 from ..ops.qk_norm import QKV, qk_norm, qk_norm_input_grad
 from ..ops.residual_norm import residual_norm, residual_norm_input_grad
 from .attention import attention, attention_input_grad, select_queries
-from .function import Want, is_frozen, is_plain_linear, linear_input_grad, load, refuse_second_derivative, save
+from .function import (
+    Want,
+    is_compiled,
+    is_frozen,
+    is_plain_linear,
+    linear_input_grad,
+    load,
+    refuse_second_derivative,
+    save,
+)
 from .modulation import Modulation, modulation
 
 MLP_KIND = KINDS["gelu_tanh"]
@@ -30,7 +39,7 @@ QK_EPS = 1e-6
 def is_joint_block(block: nn.Module) -> bool:
     """Whether :func:`joint_block` computes what this module computes: diffusers' block, with plain linear layers."""
     forward = block.__dict__.get("forward")  # somebody else's hook on the block's forward would be lost
-    ours = forward is None or isinstance(forward, FusedForward)
+    ours = (forward is None or isinstance(forward, FusedForward)) and not is_compiled(block)
     return ours and type(block).__name__ == "JointTransformerBlock" and _is_standard(block)
 
 

@@ -11,14 +11,23 @@ from torch import Tensor, nn
 from ..ops.activation import KINDS, activation, activation_input_grad
 from ..ops.residual_norm import residual_norm, residual_norm_input_grad
 from .attention import attention, attention_input_grad
-from .function import Want, is_frozen, is_plain_linear, linear_input_grad, load, refuse_second_derivative, save
+from .function import (
+    Want,
+    is_compiled,
+    is_frozen,
+    is_plain_linear,
+    linear_input_grad,
+    load,
+    refuse_second_derivative,
+    save,
+)
 
 ACTIVATIONS = {"QuickGELU": KINDS["quick_gelu"], "GELU": KINDS["gelu"]}
 
 
 def is_vit_block(block: nn.Module, tokens: Tensor) -> bool:
     """Whether :func:`vit_block` computes what this module computes: open_clip's standard block, frozen, unadapted."""
-    if torch.is_autocast_enabled(tokens.device.type):
+    if torch.is_autocast_enabled(tokens.device.type) or is_compiled(block):
         return False
     if type(block).__name__ != "ResidualAttentionBlock" or hasattr(block, "ln_1_kv") or "forward" in block.__dict__:
         return False

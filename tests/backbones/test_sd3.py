@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -154,3 +156,10 @@ def test_unknown_transformer_lists_what_is_known():
 def test_integer_latents_are_a_type_error(backbone, null):
     with pytest.raises(TypeError, match="latents"):
         backbone.features(LATENTS.long(), SIGMA, null, 1)
+
+
+def test_a_compiled_transformer_is_left_as_it_is(backbone):
+    transformer = copy.deepcopy(backbone.transformer)
+    transformer.compile(backend="eager")
+    with backbone_of(transformer).fused():
+        assert not any("forward" in block.__dict__ for block in transformer.transformer_blocks)

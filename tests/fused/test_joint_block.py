@@ -139,7 +139,7 @@ def test_what_is_kept():
     assert kept(lambda *args: joint_block(block, *args, Want(memory="recompute"))) < 0.2 * plain
 
 
-@pytest.mark.parametrize("what", ["adapter", "hook", "processor", "zero weight", "activation", "dtype"])
+@pytest.mark.parametrize("what", ["adapter", "hook", "processor", "zero weight", "activation", "dtype", "compiled"])
 def test_a_block_with_other_parts_is_left_alone(what):
     block = transformer("medium").transformer_blocks[0]
     if what == "adapter":
@@ -152,6 +152,8 @@ def test_a_block_with_other_parts_is_left_alone(what):
         block.attn.norm_q.weight[3] = 0
     elif what == "activation":
         block.ff.net[0].approximate = "none"
+    elif what == "compiled":
+        block.compile(backend="eager")
     elif what == "dtype":
         block.ff.net[2].weight = torch.nn.Parameter(block.ff.net[2].weight.to(torch.int8), requires_grad=False)
     assert not is_joint_block(block)
