@@ -36,7 +36,8 @@ def one_step(pipe, shared: ValueEstimator, separate: ValueEstimator, prompts: li
     latents = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(0))
     worst = dict.fromkeys(("velocity", "value", "gradient"), 0.0)
     for sigma in (0.9, 0.5, 0.1):
-        ours, theirs = (v.denoise_with_value(latents, sigma, condition) for v in (shared, separate))
+        with shared.backbone.fused():  # as in guided_sample
+            ours, theirs = (v.denoise_with_value(latents, sigma, condition) for v in (shared, separate))
         for name, a, b in zip(worst, ours, theirs, strict=True):
             worst[name] = max(worst[name], ((a - b).abs().max() / b.abs().max()).item())
     return worst
