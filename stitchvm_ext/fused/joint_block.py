@@ -412,7 +412,7 @@ def _qk_weights(attn: nn.Module, with_text: bool = True) -> dict[str, Any]:
 
 
 def _is_standard(block: nn.Module) -> bool:
-    """A block as diffusers builds it for SD3, SD3.5 Medium and Large, in eval mode, whose parts are all plain."""
+    """A block as diffusers builds it for SD3, SD3.5 Medium and Large (no dropout), whose parts are all plain."""
     attentions = [block.attn, *([block.attn2] if block.attn2 is not None else [])]
     linears = [block.ff.net[0].proj, block.ff.net[2], *_linears(block.attn, block.context_pre_only)]
     if block.attn2 is not None:
@@ -444,13 +444,17 @@ def _is_plain_qk_norm(attn: nn.Module) -> bool:
     )  # fmt: skip
 
 
-_checked: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # norm -> version of its weight when looked at
+_checked: WeakKeyDictionary[nn.Module, tuple[int, int]] = WeakKeyDictionary()  # norm -> its weight when looked at
 
 
 def _has_no_zero(norm: nn.Module) -> bool:
-    """Looked at once for a version of the weight: on a GPU every look is a synchronisation."""
-    if _checked.get(norm) != norm.weight._version:
-        if bool((norm.weight == 0).any()):
+    """Looked at once for a state of the weight: on a GPU every look is a synchronisation."""
+    weight = norm.weight
+    if weight.is_inference():  # made in inference mode: it does not tell its changes
+        return not bool((weight == 0).any())
+    state = weight.data_ptr(), weight._version
+    if _checked.get(norm) != state:
+        if bool((weight == 0).any()):
             return False
-        _checked[norm] = norm.weight._version
+        _checked[norm] = state
     return True

@@ -56,6 +56,16 @@ def test_gradient_through_the_whole_denoiser(memory):
     torch.testing.assert_close(gradient(), expected, **CLOSE)
 
 
+def test_a_transformer_made_in_inference_mode():
+    """Its weights have no version counter, and may still run fused without gradients."""
+    with torch.inference_mode():
+        transformer = tiny_transformer()
+        backbone = backbone_of(transformer)
+        expected = backbone.velocity(latents(), 0.5, encoding())
+        assert fuse(transformer) == 4
+        torch.testing.assert_close(backbone.velocity(latents(), 0.5, encoding()), expected, **CLOSE)
+
+
 def test_attention_arguments_take_the_plain_path():
     transformer = tiny_transformer()
     block = transformer.transformer_blocks[0]

@@ -162,6 +162,13 @@ def test_a_block_with_other_parts_is_left_alone(what):
         assert block.forward == forward
 
 
+def test_a_weight_put_in_the_place_of_a_good_one_is_looked_at_too():
+    block = transformer("medium").transformer_blocks[0]
+    assert is_joint_block(block)
+    block.attn.norm_q.weight = torch.nn.Parameter(torch.zeros(8).double(), requires_grad=False)
+    assert not is_joint_block(block)
+
+
 def test_a_trained_block_and_autocast_run_as_they_are():
     block = transformer("medium").transformer_blocks[0]
     image, text, temb = streams()
