@@ -1,5 +1,6 @@
 #!/bin/sh
-# Everything that needs a GPU, in one command of about ten minutes: build, correctness, compute-sanitizer, benchmarks.
+# Everything that needs a GPU, in one command: build, correctness, compute-sanitizer, benchmarks. Made to take about ten
+# minutes; bfloat16 only, since that is what one samples in.
 #
 #     benchmarks/gpu.sh [RESULTS]
 #
@@ -11,31 +12,32 @@ results=$(realpath -m "${1:-benchmarks/results/gpu}")
 mkdir -p "$results"
 python=${PYTHON:-python3}
 
-echo "== build"
-STITCHVM_BUILD_CUDA=1 "$python" setup.py build_ext --inplace >"$results/build.log" 2>&1
-export PYTHONPATH="$PWD"
-"$python" -m stitchvm_ext.cli info | tee "$results/info.txt"
+# step NAME COMMAND...: its output goes to NAME.txt, and is shown when it ends; a failure ends the script.
+step() {
+    name=$1
+    shift
+    echo "== $name"
+    status=0
+    "$@" >"$results/$name.txt" 2>&1 || status=$?
+    tail -n 60 "$results/$name.txt"
+    [ "$status" -eq 0 ] || exit "$status"
+}
 
-echo "== correctness"
-"$python" -m pytest -m cuda -q tests | tee "$results/pytest.txt"
-
-echo "== compute-sanitizer"
+STITCHVM_BUILD_CUDA=1 step build "$python" setup.py build_ext --inplace
+export PYTHONPATH="$PWD" STITCHVM_RESULTS="$results"
+step info "$python" -m stitchvm_ext.cli info
+step correctness "$python" -m pytest -m cuda -q tests
 sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
 if [ -x "$sanitizer" ]; then
     for tool in memcheck racecheck; do
-        timeout 120 "$sanitizer" --tool "$tool" --error-exitcode 1 \
-            "$python" benchmarks/sanitize.py >"$results/$tool.txt" 2>&1
-        tail -n 1 "$results/$tool.txt"
+        step "$tool" timeout 120 "$sanitizer" --tool "$tool" --error-exitcode 1 "$python" benchmarks/sanitize.py
     done
 else
-    echo "not installed: skipped"
+    echo "== compute-sanitizer is not installed: skipped"
 fi
-
-echo "== benchmarks"
-export STITCHVM_RESULTS="$results"
-"$python" benchmarks/bench_ops.py --device cuda --side 64 --seconds 0.3 | tee "$results/ops.txt"
-"$python" benchmarks/bench_value_gradient.py --device cuda --side 64 --dtypes bfloat16 --rounds 20 |
-    tee "$results/value_gradient.txt"
-"$python" benchmarks/bench_denoiser.py --device cuda --blocks 24 --side 64 --dtypes bfloat16 --rounds 20 |
-    tee "$results/denoiser.txt"
+step ops "$python" benchmarks/bench_ops.py --device cuda --side 64 --seconds 0.3 --dtypes bfloat16
+step value_gradient \
+    "$python" benchmarks/bench_value_gradient.py --device cuda --side 64 --dtypes bfloat16 --rounds 20
+step denoiser \
+    "$python" benchmarks/bench_denoiser.py --device cuda --blocks 24 --side 64 --dtypes bfloat16 --rounds 20
 echo "results are in $results"
