@@ -81,6 +81,32 @@ inline void check_qk_norm(const Tensor& q, const Tensor& k, const OptionalTensor
   check_rotary(op, q, cos, sin, q.size(1) + qk_tokens(context_q), k.size(1) + qk_tokens(context_k), dim);
 }
 
+// The inputs of the op, checked.
+inline QkNormInputs qk_norm_inputs(const Tensor& q, const Tensor& k, const OptionalTensor& v,
+                                   const OptionalTensor& context_q, const OptionalTensor& context_k,
+                                   const OptionalTensor& context_v, const OptionalTensor& q_weight,
+                                   const OptionalTensor& k_weight, const OptionalTensor& context_q_weight,
+                                   const OptionalTensor& context_k_weight, const OptionalTensor& cos,
+                                   const OptionalTensor& sin, int64_t heads, bool context_first, double eps) {
+  check_qk_norm(q, k, v, context_q, context_k, context_v, q_weight, k_weight, context_q_weight, context_k_weight, cos,
+                sin, heads);
+  return {qk_rows(q),
+          qk_rows(k),
+          qk_rows(v),
+          qk_rows(context_q),
+          qk_rows(context_k),
+          qk_rows(context_v),
+          contiguous_or_none(q_weight),
+          contiguous_or_none(k_weight),
+          contiguous_or_none(context_q_weight),
+          contiguous_or_none(context_k_weight),
+          contiguous_or_none(cos),
+          contiguous_or_none(sin),
+          heads,
+          context_first,
+          eps};
+}
+
 inline void check_qk_result(const char* op, const Tensor& t, ScalarType dtype, const Tensor& q,
                             std::initializer_list<int64_t> sizes, const char* name) {
   bool same = t.dim() == static_cast<int64_t>(sizes.size()) && t.scalar_type() == dtype && t.device() == q.device();
@@ -207,6 +233,33 @@ inline void check_qk_norm_grad(const Tensor& grad_q, const Tensor& grad_k, const
   check_qk_weight(op, joint_q, context_q_weight, dim, "context_q_weight");
   check_qk_weight(op, joint_q, context_k_weight, dim, "context_k_weight");
   check_rotary(op, joint_q, cos, sin, joint_q.size(1), joint_k.size(1), dim);
+}
+
+// The inputs of the gradient, checked.
+inline QkNormGradInputs qk_norm_grad_inputs(const Tensor& grad_q, const Tensor& grad_k, const Tensor& joint_q,
+                                            const Tensor& joint_k, const Tensor& q_rstd, const Tensor& k_rstd,
+                                            const OptionalTensor& q_weight, const OptionalTensor& k_weight,
+                                            const OptionalTensor& context_q_weight,
+                                            const OptionalTensor& context_k_weight, const OptionalTensor& cos,
+                                            const OptionalTensor& sin, int64_t context_q_tokens,
+                                            int64_t context_k_tokens, bool context_first) {
+  check_qk_norm_grad(grad_q, grad_k, joint_q, joint_k, q_rstd, k_rstd, q_weight, k_weight, context_q_weight,
+                     context_k_weight, cos, sin, context_q_tokens, context_k_tokens);
+  return {qk_heads(grad_q),
+          qk_heads(grad_k),
+          torch::stable::contiguous(joint_q),
+          torch::stable::contiguous(joint_k),
+          torch::stable::contiguous(q_rstd),
+          torch::stable::contiguous(k_rstd),
+          contiguous_or_none(q_weight),
+          contiguous_or_none(k_weight),
+          contiguous_or_none(context_q_weight),
+          contiguous_or_none(context_k_weight),
+          contiguous_or_none(cos),
+          contiguous_or_none(sin),
+          context_q_tokens,
+          context_k_tokens,
+          context_first};
 }
 
 using QkNormGradResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;

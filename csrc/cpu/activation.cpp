@@ -1,7 +1,6 @@
 // activation on the CPU: pointwise, over any range of elements.
 #include "../args/activation.h"
 
-#include "lane_sum.h"  // STITCHVM_LAMBDA
 #include "launch.h"
 #include "map.h"
 #include "vector_math.h"
@@ -27,6 +26,15 @@ struct Limits {
   }
 };
 
+// gelu's slope at x, from the tail of the normal distribution and its density, which share one exponential.
+template <class Math>
+STITCHVM_INLINE float gelu_slope_by_tail(const Math& math, float x) {
+  const float a = math.distance(x);
+  const float bell = math.exp2(-0.721347520f * (a * a));                        // exp(-a^2 / 2)
+  const float left = bell * Math::tail_over_bell(a) - 0.398942280f * a * bell;  // the slope at -a
+  return x < 0.0f ? left : 1.0f - left;
+}
+
 // Fits are minimax ones, found by iteratively reweighted least squares in double at Chebyshev nodes.
 //
 // gelu's value needs the normal distribution alone, and two forms of it that need no exponential are half the work. Its
@@ -37,9 +45,6 @@ struct FloatMath : Limits<float> {
   STITCHVM_INLINE float exp2(float t) const {
     return exp2_in_range(t, [](float f) STITCHVM_LAMBDA { return exp2_fraction(f); });
   }
-
-  // exp(-a^2 / 2)
-  STITCHVM_INLINE float bell(float a) const { return exp2(-0.721347520f * (a * a)); }
 
   // Relative error 2.3e-8; evaluated in float 3e-7.
   static STITCHVM_INLINE float tail_over_bell(float a) {
@@ -76,12 +81,7 @@ struct FloatMath : Limits<float> {
     return x * (0.5f + c * (p / q));
   }
 
-  STITCHVM_INLINE float gelu_slope(float x) const {
-    const float a = distance(x);
-    const float e = bell(a);
-    const float left = e * tail_over_bell(a) - 0.398942280f * a * e;  // the slope at -a
-    return x < 0.0f ? left : 1.0f - left;
-  }
+  STITCHVM_INLINE float gelu_slope(float x) const { return gelu_slope_by_tail(*this, x); }
 };
 
 // As FloatMath with relative errors of up to 8e-6, where the result is rounded to bfloat16.
@@ -89,8 +89,6 @@ struct ShortMath : Limits<float> {
   STITCHVM_INLINE float exp2(float t) const {
     return exp2_in_range(t, [](float f) STITCHVM_LAMBDA { return exp2_fraction_short(f); });
   }
-
-  STITCHVM_INLINE float bell(float a) const { return exp2(-0.721347520f * (a * a)); }
 
   static STITCHVM_INLINE float tail_over_bell(float a) {
     const float t = 1.0f / (1.0f + 0.31f * a);
@@ -121,12 +119,7 @@ struct ShortMath : Limits<float> {
     return (x > 0.0f ? x : 0.0f) - a / (d * d);
   }
 
-  STITCHVM_INLINE float gelu_slope(float x) const {
-    const float a = distance(x);
-    const float e = bell(a);
-    const float left = e * tail_over_bell(a) - 0.398942280f * a * e;  // the slope at -a
-    return x < 0.0f ? left : 1.0f - left;
-  }
+  STITCHVM_INLINE float gelu_slope(float x) const { return gelu_slope_by_tail(*this, x); }
 };
 
 struct DoubleMath : Limits<double> {

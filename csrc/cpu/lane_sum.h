@@ -1,4 +1,4 @@
-// The sum that every CPU reduction uses.
+// A sum in a fixed order; what reduces several rows or values at once does it in the same manner.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +27,3 @@ STITCHVM_INLINE A lane_sum(int64_t n, F term) {
 }
 
 }  // namespace stitchvm
-
-// Inlines a lambda into its caller, so that it is compiled for the caller's instruction set.
-#define STITCHVM_LAMBDA __attribute__((always_inline))

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <vector>
 
-#include "lane_sum.h"  // STITCHVM_LAMBDA
 #include "launch.h"
 #include "map.h"
 
@@ -317,10 +316,13 @@ class WidenedWeights {
   std::vector<bool> norm_;
 };
 
-// Runs Kernel<T, dim or 0, rotary> over the tokens of the joint sequences.
+// Widens the weights and runs Kernel<T, dim or 0, rotary> over the tokens of the joint sequences.
 template <template <class, int, bool> class Kernel, class T, class Params>
-void run_qk_kernel(const Params& params) {
+void run_qk_kernel(Params& params) {
   const auto& p = params.p;
+  const bool split = std::is_same_v<T, BFloat16> || p.cos != nullptr;
+  const WidenedWeights<T> weights({p.q.weight, p.q.context_weight, p.k.weight, p.k.context_weight}, p.dim, split);
+  for (size_t i = 0; i < 4; ++i) params.weights[i] = weights[i];
   const int64_t tokens = std::max(p.q.tokens + p.q.context_tokens, p.k.tokens + p.k.context_tokens);
   const int64_t rows = p.batch * tokens, elements = 3 * p.heads * p.dim;
   const auto run = [&](auto dim) {
@@ -342,32 +344,13 @@ void qk_norm_cpu_out(const Tensor& q, const Tensor& k, const OptionalTensor& v, 
                      const OptionalTensor& context_k_weight, const OptionalTensor& cos, const OptionalTensor& sin,
                      int64_t heads, bool context_first, double eps, const Tensor& joint_q, const Tensor& joint_k,
                      const OptionalTensor& joint_v, const Tensor& q_rstd, const Tensor& k_rstd) {
-  check_qk_norm(q, k, v, context_q, context_k, context_v, q_weight, k_weight, context_q_weight, context_k_weight, cos,
-                sin, heads);
+  const QkNormInputs in = qk_norm_inputs(q, k, v, context_q, context_k, context_v, q_weight, k_weight, context_q_weight,
+                                         context_k_weight, cos, sin, heads, context_first, eps);
   check_qk_norm_results(q, k, v, context_q, context_k, heads, joint_q, joint_k, joint_v, q_rstd, k_rstd);
-  const QkNormInputs in = {qk_rows(q),
-                           qk_rows(k),
-                           qk_rows(v),
-                           qk_rows(context_q),
-                           qk_rows(context_k),
-                           qk_rows(context_v),
-                           contiguous_or_none(q_weight),
-                           contiguous_or_none(k_weight),
-                           contiguous_or_none(context_q_weight),
-                           contiguous_or_none(context_k_weight),
-                           contiguous_or_none(cos),
-                           contiguous_or_none(sin),
-                           heads,
-                           context_first,
-                           eps};
   dispatch_cpu_dtype("qk_norm", q.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     CpuQkNormParams<T> params;
     params.p = qk_norm_params<T, Accumulate<T>>(in, joint_q, joint_k, joint_v, q_rstd, k_rstd);
-    const auto& p = params.p;
-    const bool split = std::is_same_v<T, BFloat16> || p.cos != nullptr;
-    const WidenedWeights<T> weights({p.q.weight, p.q.context_weight, p.k.weight, p.k.context_weight}, p.dim, split);
-    for (size_t i = 0; i < 4; ++i) params.weights[i] = weights[i];
     run_qk_kernel<QkNormKernel, T>(params);
   });
 }
@@ -393,33 +376,15 @@ void qk_norm_input_grad_cpu_out(const Tensor& grad_q, const Tensor& grad_k, cons
                                 int64_t context_k_tokens, bool context_first, const Tensor& grad_input_q,
                                 const Tensor& grad_input_k, const OptionalTensor& grad_context_q,
                                 const OptionalTensor& grad_context_k) {
-  check_qk_norm_grad(grad_q, grad_k, joint_q, joint_k, q_rstd, k_rstd, q_weight, k_weight, context_q_weight,
-                     context_k_weight, cos, sin, context_q_tokens, context_k_tokens);
+  const QkNormGradInputs in =
+      qk_norm_grad_inputs(grad_q, grad_k, joint_q, joint_k, q_rstd, k_rstd, q_weight, k_weight, context_q_weight,
+                          context_k_weight, cos, sin, context_q_tokens, context_k_tokens, context_first);
   check_qk_norm_grad_results(joint_q, joint_k, context_q_tokens, context_k_tokens, grad_input_q, grad_input_k,
                              grad_context_q, grad_context_k);
-  const QkNormGradInputs in = {qk_heads(grad_q),
-                               qk_heads(grad_k),
-                               torch::stable::contiguous(joint_q),
-                               torch::stable::contiguous(joint_k),
-                               torch::stable::contiguous(q_rstd),
-                               torch::stable::contiguous(k_rstd),
-                               contiguous_or_none(q_weight),
-                               contiguous_or_none(k_weight),
-                               contiguous_or_none(context_q_weight),
-                               contiguous_or_none(context_k_weight),
-                               contiguous_or_none(cos),
-                               contiguous_or_none(sin),
-                               context_q_tokens,
-                               context_k_tokens,
-                               context_first};
   dispatch_cpu_dtype("qk_norm_input_grad", joint_q.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     CpuQkNormGradParams<T> params;
     params.p = qk_norm_grad_params<T, Accumulate<T>>(in, grad_input_q, grad_input_k, grad_context_q, grad_context_k);
-    const auto& p = params.p;
-    const bool split = std::is_same_v<T, BFloat16> || p.cos != nullptr;
-    const WidenedWeights<T> weights({p.q.weight, p.q.context_weight, p.k.weight, p.k.context_weight}, p.dim, split);
-    for (size_t i = 0; i < 4; ++i) params.weights[i] = weights[i];
     run_qk_kernel<QkNormGradKernel, T>(params);
   });
 }

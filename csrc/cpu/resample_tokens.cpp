@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "channels.h"
-#include "lane_sum.h"
 #include "launch.h"
 
 namespace stitchvm {

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "channels.h"
-#include "lane_sum.h"  // STITCHVM_LAMBDA
 #include "launch.h"
 
 namespace stitchvm {

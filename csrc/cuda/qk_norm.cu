@@ -22,25 +22,10 @@ void qk_norm_cuda_out(const Tensor& q, const Tensor& k, const OptionalTensor& v,
                       const OptionalTensor& context_k_weight, const OptionalTensor& cos, const OptionalTensor& sin,
                       int64_t heads, bool context_first, double eps, const Tensor& joint_q, const Tensor& joint_k,
                       const OptionalTensor& joint_v, const Tensor& q_rstd, const Tensor& k_rstd) {
-  check_qk_norm(q, k, v, context_q, context_k, context_v, q_weight, k_weight, context_q_weight, context_k_weight, cos,
-                sin, heads);
-  check_qk_norm_results(q, k, v, context_q, context_k, heads, joint_q, joint_k, joint_v, q_rstd, k_rstd);
   const DeviceGuard guard(q.get_device_index());
-  const QkNormInputs in = {qk_rows(q),
-                           qk_rows(k),
-                           qk_rows(v),
-                           qk_rows(context_q),
-                           qk_rows(context_k),
-                           qk_rows(context_v),
-                           contiguous_or_none(q_weight),
-                           contiguous_or_none(k_weight),
-                           contiguous_or_none(context_q_weight),
-                           contiguous_or_none(context_k_weight),
-                           contiguous_or_none(cos),
-                           contiguous_or_none(sin),
-                           heads,
-                           context_first,
-                           eps};
+  const QkNormInputs in = qk_norm_inputs(q, k, v, context_q, context_k, context_v, q_weight, k_weight, context_q_weight,
+                                         context_k_weight, cos, sin, heads, context_first, eps);
+  check_qk_norm_results(q, k, v, context_q, context_k, heads, joint_q, joint_k, joint_v, q_rstd, k_rstd);
   const int64_t rows = rows_of(joint_q) + rows_of(joint_k) + (v ? rows_of(*joint_v) : 0);
   if (rows == 0) return;
   check_grid("qk_norm", rows);
@@ -81,26 +66,12 @@ void qk_norm_input_grad_cuda_out(const Tensor& grad_q, const Tensor& grad_k, con
                                  int64_t context_k_tokens, bool context_first, const Tensor& grad_input_q,
                                  const Tensor& grad_input_k, const OptionalTensor& grad_context_q,
                                  const OptionalTensor& grad_context_k) {
-  check_qk_norm_grad(grad_q, grad_k, joint_q, joint_k, q_rstd, k_rstd, q_weight, k_weight, context_q_weight,
-                     context_k_weight, cos, sin, context_q_tokens, context_k_tokens);
+  const DeviceGuard guard(joint_q.get_device_index());
+  const QkNormGradInputs in =
+      qk_norm_grad_inputs(grad_q, grad_k, joint_q, joint_k, q_rstd, k_rstd, q_weight, k_weight, context_q_weight,
+                          context_k_weight, cos, sin, context_q_tokens, context_k_tokens, context_first);
   check_qk_norm_grad_results(joint_q, joint_k, context_q_tokens, context_k_tokens, grad_input_q, grad_input_k,
                              grad_context_q, grad_context_k);
-  const DeviceGuard guard(joint_q.get_device_index());
-  const QkNormGradInputs in = {qk_heads(grad_q),
-                               qk_heads(grad_k),
-                               torch::stable::contiguous(joint_q),
-                               torch::stable::contiguous(joint_k),
-                               torch::stable::contiguous(q_rstd),
-                               torch::stable::contiguous(k_rstd),
-                               contiguous_or_none(q_weight),
-                               contiguous_or_none(k_weight),
-                               contiguous_or_none(context_q_weight),
-                               contiguous_or_none(context_k_weight),
-                               contiguous_or_none(cos),
-                               contiguous_or_none(sin),
-                               context_q_tokens,
-                               context_k_tokens,
-                               context_first};
   const int64_t rows = rows_of(joint_q) + rows_of(joint_k);
   if (rows == 0) return;
   check_grid("qk_norm_input_grad", rows);
