@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fused.function import Want, is_compiled
-from ..fused.joint_block import FusedForward, fused_blocks
+from ..fused.fused_forward import FusedForward, fused_blocks
 from .condition import Condition, Encoding
 
 # The names under which diffusers' transformers keep their blocks, in the order in which they run.

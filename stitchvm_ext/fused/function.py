@@ -25,8 +25,7 @@ class Want:
             backward; None for all.
         prune: compute only ``rows`` of the image stream, and no text stream; the other image tokens come out as zeros.
             Without it the forward is whole and only the backward is restricted to ``rows``.
-        memory: "save" keeps queries, keys, values and the MLP's pre-activation; "recompute" makes them again from the
-            block's input.
+        memory: "save" keeps queries, keys, values and the image MLP's pre-activation; "recompute" makes them again.
     """
 
     rows: Tensor | None = None
@@ -66,6 +65,23 @@ def save(ctx, state: dict[str, Any]) -> None:
 
 def load(ctx) -> dict[str, Any]:
     return {**dict(zip(ctx.names, ctx.saved_tensors, strict=True)), **ctx.others}
+
+
+def named_statistics(statistics: tuple, which: str = "") -> dict[str, Any]:
+    """Entries of a state for what an attention's backward takes; ``which`` tells several attentions apart."""
+    return {f"statistics{which}.{i}": entry for i, entry in enumerate(statistics)}
+
+
+def statistics_of(state: dict[str, Any], which: str = "") -> tuple:
+    prefix = f"statistics{which}."
+    return tuple(state[f"{prefix}{i}"] for i in range(sum(name.startswith(prefix) for name in state)))
+
+
+def select(x: Tensor, rows: Tensor | slice | None) -> Tensor:
+    """Tokens ``rows`` of x [B, N, ...]; all for None."""
+    if rows is None:
+        return x
+    return x[:, rows] if isinstance(rows, slice) else x.index_select(1, rows)
 
 
 def linear_input_grad(grad: Tensor, linear: nn.Linear, into: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ from torch import nn
 
 from ..backbones.base import blocks_of
 from .function import Want
-from .joint_block import FusedForward, is_joint_block
+from .fused_forward import FusedForward, is_joint_block
 from .step_graph import StepGraph
 
 

@@ -8,10 +8,7 @@ attention's output and statistics, the middle of the residual stream and the ima
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +19,17 @@ from ..ops.residual_norm import residual_norm, residual_norm_input_grad
 from .attention import attention, attention_input_grad, select_queries
 from .function import (
     Want,
-    is_compiled,
-    is_frozen,
-    is_plain_linear,
     linear_input_grad,
     load,
+    named_statistics,
     refuse_second_derivative,
     save,
+    select,
+    statistics_of,
 )
 from .modulation import Modulation, modulation
 
 MLP_KIND = KINDS["gelu_tanh"]
-QK_EPS = 1e-6
-
-
-def is_joint_block(block: nn.Module) -> bool:
-    """Whether :func:`joint_block` computes what this module computes: diffusers' block, with plain linear layers."""
-    forward = block.__dict__.get("forward")  # somebody else's hook on the block's forward would be lost
-    ours = (forward is None or isinstance(forward, FusedForward)) and not is_compiled(block)
-    return ours and type(block).__name__ == "JointTransformerBlock" and _is_standard(block)
 
 
 def joint_block(
@@ -56,48 +45,6 @@ def joint_block(
     else:
         image, text = forward(block, hidden_states, encoder_hidden_states, temb, want, None)
     return text, image
-
-
-class FusedForward:
-    """Stands in for ``JointTransformerBlock.forward``."""
-
-    def __init__(self, block: nn.Module, want: Want):
-        self.block, self.want = block, want
-
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        joint_attention_kwargs: dict | None = None,
-    ) -> tuple[Tensor | None, Tensor]:
-        plain = (
-            bool(joint_attention_kwargs)
-            or torch.is_autocast_enabled(hidden_states.device.type)
-            or (torch.is_grad_enabled() and (temb.requires_grad or not is_frozen(self.block)))
-        )
-        if plain:
-            return type(self.block).forward(
-                self.block, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs
-            )
-        return joint_block(self.block, hidden_states, encoder_hidden_states, temb, self.want)
-
-
-@contextmanager
-def fused_blocks(blocks: Sequence[nn.Module], wants: Sequence[Want]) -> Iterator[None]:
-    """Within the ``with``, blocks that can be fused run fused and yield what is wanted; hooks on them still run."""
-    before = [block.__dict__.get("forward") for block in blocks]
-    try:
-        for block, want in zip(blocks, wants, strict=True):
-            if is_joint_block(block):
-                block.forward = FusedForward(block, want)
-        yield
-    finally:
-        for block, old in zip(blocks, before, strict=True):
-            if isinstance(block.__dict__.get("forward"), FusedForward):
-                del block.forward
-                if old is not None:
-                    block.forward = old
 
 
 class _JointBlock(torch.autograd.Function):
@@ -224,14 +171,14 @@ def _joint_qkv(attn: nn.Module, y: Tensor, text_y: Tensor, rows: Tensor | None, 
     """q, k, v of the joint attention; queries of the image's ``rows`` alone."""
     text_q = attn.add_q_proj(text_y) if text_queries else None
     return qk_norm(
-        attn.to_q(_select(y, rows)), attn.to_k(y), attn.to_v(y), heads=attn.heads,
+        attn.to_q(select(y, rows)), attn.to_k(y), attn.to_v(y), heads=attn.heads,
         context=(text_q, attn.add_k_proj(text_y), attn.add_v_proj(text_y)), **_qk_weights(attn),
     )  # fmt: skip
 
 
 def _second_qkv(attn: nn.Module, y: Tensor, rows: Tensor | None) -> QKV:
     """q, k, v of the image's own attention."""
-    qkv = qk_norm(attn.to_q(_select(y, rows)), attn.to_k(y), heads=attn.heads, **_qk_weights(attn, False))
+    qkv = qk_norm(attn.to_q(select(y, rows)), attn.to_k(y), heads=attn.heads, **_qk_weights(attn, False))
     return qkv._replace(v=attn.to_v(y).unflatten(-1, (attn.heads, -1)))
 
 
@@ -264,7 +211,7 @@ def backward(
     _, _, gate, _, scale_mlp, gate_mlp, *second = m.image.vectors
     gate2 = second[2] if second else None
     middle_grad, branch_grad, branch2_grad = _mlp_input_grad(
-        _select(grad, rows), block.ff, state["pre"], state["middle"], block.norm2.eps, m.image.rows,
+        select(grad, rows), block.ff, state["pre"], state["middle"], block.norm2.eps, m.image.rows,
         gate_mlp=gate_mlp, scale_mlp=scale_mlp, gate=gate, gate2=gate2,
     )  # fmt: skip
     out_grad = linear_input_grad(branch_grad, block.attn.to_out[0])
@@ -337,7 +284,7 @@ def _mlp_input_grad(
 def _attention_grad(attn: nn.Module, out_grad: Tensor, state: dict[str, Any], which: str, text_q=0, text_k=0):
     """Gradients of the raw q, k, text q, text k [B, N, C], and of the joint v [B, S, C], from the output's."""
     q, k, v = (state[f"{name}{which}"] for name in "qkv")
-    out, statistics = state[f"out{which}"], _statistics(state, which)
+    out, statistics = state[f"out{which}"], statistics_of(state, which)
     q_grad, k_grad, v_grad = attention_input_grad(out_grad.unflatten(-1, q.shape[2:]), q, k, v, out, statistics)
     joint = QKV(q, k, v, state[f"q_rstd{which}"], state[f"k_rstd{which}"])
     raw = qk_norm_input_grad(
@@ -362,17 +309,12 @@ def _pre_activation(mlp: nn.Module, middle: Tensor, m: Modulation, eps: float) -
 # -- the state ---------------------------------------------------------------------------------------------------------
 
 
-def _named(which: str, qkv, out: Tensor | None = None, statistics: tuple = ()) -> dict[str, Any]:
+def _named(which: str, qkv: QKV, out: Tensor | None = None, statistics: tuple = ()) -> dict[str, Any]:
     """Entries of a state for the joint attention (``which`` = "") or the second one ("2")."""
     names = {f"{name}{which}": value for name, value in qkv._asdict().items()}
     if out is not None:
         names[f"out{which}"] = out
-    return {**names, **{f"statistics{which}.{i}": value for i, value in enumerate(statistics)}}
-
-
-def _statistics(state: dict[str, Any], which: str) -> tuple:
-    prefix = f"statistics{which}."
-    return tuple(state[f"{prefix}{i}"] for i in range(sum(name.startswith(prefix) for name in state)))
+    return {**names, **named_statistics(statistics, which)}
 
 
 def _keep_queries(state: dict[str, Any], rows: Tensor | slice) -> None:
@@ -382,26 +324,17 @@ def _keep_queries(state: dict[str, Any], rows: Tensor | slice) -> None:
             continue
         for name in (f"q{which}", f"q_rstd{which}"):
             if name in state:
-                state[name] = _select(state[name], rows)
-        out, statistics = select_queries(state[f"out{which}"], _statistics(state, which), rows)
-        state.update({f"out{which}": out, **{f"statistics{which}.{i}": s for i, s in enumerate(statistics)}})
+                state[name] = select(state[name], rows)
+        out, statistics = select_queries(state[f"out{which}"], statistics_of(state, which), rows)
+        state.update({f"out{which}": out, **named_statistics(statistics, which)})
 
 
 def _restrict(state: dict[str, Any], rows: Tensor) -> None:
     """What the backward needs if only ``rows`` of the image stream have a gradient."""
     _keep_queries(state, rows)
     for name in ("middle", "pre"):
-        state[name] = _select(state[name], rows)
+        state[name] = select(state[name], rows)
     state.pop("text_middle", None)
-
-
-def _select(x: Tensor, rows: Tensor | slice | None) -> Tensor:
-    if rows is None:
-        return x
-    return x[:, rows] if isinstance(rows, slice) else x.index_select(1, rows)
-
-
-# -- what is standard --------------------------------------------------------------------------------------------------
 
 
 def _qk_weights(attn: nn.Module, with_text: bool = True) -> dict[str, Any]:
@@ -409,52 +342,3 @@ def _qk_weights(attn: nn.Module, with_text: bool = True) -> dict[str, Any]:
     if with_text:
         norms |= {"context_q_weight": attn.norm_added_q, "context_k_weight": attn.norm_added_k}
     return {name: None if norm is None else norm.weight for name, norm in norms.items()}
-
-
-def _is_standard(block: nn.Module) -> bool:
-    """A block as diffusers builds it for SD3, SD3.5 Medium and Large (no dropout), whose parts are all plain."""
-    attentions = [block.attn, *([block.attn2] if block.attn2 is not None else [])]
-    linears = [block.ff.net[0].proj, block.ff.net[2], *_linears(block.attn, block.context_pre_only)]
-    if block.attn2 is not None:
-        linears += [getattr(block.attn2, name) for name in ("to_q", "to_k", "to_v")] + [block.attn2.to_out[0]]
-    if not block.context_pre_only:
-        linears += [block.ff_context.net[0].proj, block.ff_context.net[2]]
-    return (
-        all(is_plain_linear(linear) for linear in linears)
-        and all(type(attn.processor).__name__ == "JointAttnProcessor2_0" for attn in attentions)
-        and all(_is_plain_qk_norm(attn) for attn in attentions)
-        and getattr(block.ff.net[0], "approximate", None) == "tanh"
-        and block._chunk_size is None
-    )
-
-
-def _linears(attn: nn.Module, text_ends: bool) -> list[nn.Module]:
-    names = ["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", *([] if text_ends else ["to_add_out"])]
-    return [attn.to_out[0], *(getattr(attn, name) for name in names)]
-
-
-def _is_plain_qk_norm(attn: nn.Module) -> bool:
-    """No norm, or RMSNorm with weights of which none is zero: the backward divides by them."""
-    norms = [getattr(attn, name, None) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")]
-    return all(
-        norm is None
-        or (type(norm).__name__ == "RMSNorm" and norm.weight is not None and norm.bias is None and norm.eps == QK_EPS
-            and _has_no_zero(norm))
-        for norm in norms
-    )  # fmt: skip
-
-
-_checked: WeakKeyDictionary[nn.Module, tuple[int, int]] = WeakKeyDictionary()  # norm -> its weight when looked at
-
-
-def _has_no_zero(norm: nn.Module) -> bool:
-    """Looked at once for a state of the weight: on a GPU every look is a synchronisation."""
-    weight = norm.weight
-    if weight.is_inference():  # made in inference mode: it does not tell its changes
-        return not bool((weight == 0).any())
-    state = weight.data_ptr(), weight._version
-    if _checked.get(norm) != state:
-        if bool((weight == 0).any()):
-            return False
-        _checked[norm] = state
-    return True

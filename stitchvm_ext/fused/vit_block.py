@@ -18,8 +18,11 @@ from .function import (
     is_plain_linear,
     linear_input_grad,
     load,
+    named_statistics,
     refuse_second_derivative,
     save,
+    select,
+    statistics_of,
 )
 
 ACTIVATIONS = {"QuickGELU": KINDS["quick_gelu"], "GELU": KINDS["gelu"]}
@@ -84,14 +87,14 @@ def forward(block: nn.Module, tokens: Tensor, want: Want, state: dict[str, Any] 
     q, k, v = _qkv(block, tokens, want.rows)
     out, statistics = attention(q, k, v)
     middle, y, _ = residual_norm(
-        _select(tokens, want.rows), branch=block.attn.out_proj(out.flatten(2)), gate=_layer_scale(block.ls_1),
+        select(tokens, want.rows), branch=block.attn.out_proj(out.flatten(2)), gate=_layer_scale(block.ls_1),
         scale=block.ln_2.weight[None], shift=block.ln_2.bias[None], affine=True, eps=block.ln_2.eps,
     )  # fmt: skip
     pre = block.mlp.c_fc(y)
     branch = block.mlp.c_proj(activation(pre, _kind(block)))
     if state is not None:
         state.update(q=q, k=k, v=v, out=out, middle=middle, pre=pre)
-        state.update({f"statistics.{i}": entry for i, entry in enumerate(statistics)})
+        state.update(named_statistics(statistics))
     result, _, _ = residual_norm(middle, branch=branch, gate=_layer_scale(block.ls_2))
     return result if want.rows is None else torch.zeros_like(tokens).index_copy_(1, want.rows, result)
 
@@ -101,7 +104,7 @@ def backward(block: nn.Module, grad: Tensor, state: dict[str, Any], want: Want) 
     tokens, middle, rows = state["tokens"], state["middle"], want.rows
     q, k, v = _qkv(block, tokens, rows) if want.memory == "recompute" else (state[name] for name in "qkv")
     pre = block.mlp.c_fc(_norm(block.ln_2, middle)) if want.memory == "recompute" else state["pre"]
-    grad = _select(grad, rows)
+    grad = select(grad, rows)
     branch_grad = _scaled(grad, block.ls_2)
     pre_grad = activation_input_grad(linear_input_grad(branch_grad, block.mlp.c_proj), pre, _kind(block))
     middle_grad, branch_grad, _ = residual_norm_input_grad(
@@ -109,9 +112,8 @@ def backward(block: nn.Module, grad: Tensor, state: dict[str, Any], want: Want) 
         gate=_layer_scale(block.ls_1), scale=block.ln_2.weight[None], affine=True, eps=block.ln_2.eps,
     )  # fmt: skip
     branch_grad = middle_grad if branch_grad is None else branch_grad
-    statistics = tuple(state[f"statistics.{i}"] for i in range(sum(n.startswith("statistics.") for n in state)))
     out_grad = linear_input_grad(branch_grad, block.attn.out_proj).unflatten(-1, q.shape[2:])
-    q_grad, k_grad, v_grad = attention_input_grad(out_grad, q, k, v, state["out"], statistics)
+    q_grad, k_grad, v_grad = attention_input_grad(out_grad, q, k, v, state["out"], statistics_of(state))
     weight, width = block.attn.in_proj_weight, tokens.shape[-1]
     if rows is None:
         y_grad = torch.stack([q_grad, k_grad, v_grad], dim=2).flatten(2) @ weight
@@ -134,10 +136,6 @@ def _qkv(block: nn.Module, tokens: Tensor, rows: Tensor | None) -> tuple[Tensor,
         return F.linear(y, weight, bias).unflatten(-1, (3, *heads)).unbind(2)
     q = F.linear(y.index_select(1, rows), weight[:width], bias[:width]).unflatten(-1, heads)
     return q, *F.linear(y, weight[width:], bias[width:]).unflatten(-1, (2, *heads)).unbind(2)
-
-
-def _select(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None else x.index_select(1, rows)
 
 
 def _kind(block: nn.Module) -> int:

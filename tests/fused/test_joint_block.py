@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from stitchvm_ext.fused.function import Want
-from stitchvm_ext.fused.joint_block import FusedForward, fused_blocks, is_joint_block, joint_block
+from stitchvm_ext.fused.fused_forward import FusedForward, fused_blocks, is_joint_block
+from stitchvm_ext.fused.joint_block import joint_block
 from tests.tiny import tiny_transformer
 
 ROWS = torch.tensor([1, 5, 6, 33, 63])

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from stitchvm_ext.backbones import backbone_of, precompute_conditioning
-from stitchvm_ext.backbones import base as backbones_base
-from stitchvm_ext.fused import joint_block
+from stitchvm_ext.fused import fused_forward, joint_block
 from stitchvm_ext.rewards import base as rewards_base
 from stitchvm_ext.value import StitchedValue
 from stitchvm_ext.value.stitch_layer import StitchLayer
@@ -44,7 +43,7 @@ def embedding_and_gradient(value, pooled_only=True):
 
 def plain(monkeypatch):
     """diffusers' and open_clip's own blocks."""
-    monkeypatch.setattr(joint_block, "is_joint_block", lambda block: False)
+    monkeypatch.setattr(fused_forward, "is_joint_block", lambda block: False)
     monkeypatch.setattr(rewards_base, "is_vit_block", lambda block, tokens: False)
 
 
@@ -78,4 +77,3 @@ def test_fused_is_what_runs(value, monkeypatch):
     embedding_and_gradient(value)
     assert [want.prune for want in calls] == [False, False, True]
     assert torch.equal(calls[-1].rows, value.read_tokens)
-    assert backbones_base.fused_blocks is joint_block.fused_blocks
