@@ -57,9 +57,7 @@ def sample_dps(
             with torch.no_grad():
                 cond, uncond = backbone.branches(latents, sigma, condition)
         eps = noise() if noise else None
-        fused = isinstance(transition, ReverseSDE)
-        finite = False  # as far as is known
-        if fused:
+        if isinstance(transition, ReverseSDE):
             latents_coef, velocity_coef, noise_coef = transition.coefficients(sigma, sigma_next)
             following, norms = guidance_step(
                 latents,
@@ -74,15 +72,17 @@ def sample_dps(
                 velocity_coef=velocity_coef,
                 noise_coef=noise_coef,
             )
-            finite = _all_finite(norms, following, *([values[step]] if guided else []))
-        velocity = None if finite else condition.guide(cond, uncond)
-        if guided and not finite:
-            check_finite(step, sigma, velocity=velocity, value=values[step], gradient=grad)
-        if not fused:
+            if not _all_finite(norms, following, *([values[step]] if guided else [])):
+                if guided:
+                    velocity = condition.guide(cond, uncond)
+                    check_finite(step, sigma, velocity=velocity, value=values[step], gradient=grad)
+                check_finite(step, sigma, latents=following)
+        else:
+            velocity = condition.guide(cond, uncond)
             if guided:
+                check_finite(step, sigma, velocity=velocity, value=values[step], gradient=grad)
                 velocity = velocity.float() - guidance.term(velocity, grad, sigma)
             following = transition(latents, velocity, sigma, sigma_next, eps)
-        if not finite:
             check_finite(step, sigma, latents=following)
         latents = following
         on_step()
