@@ -12,6 +12,7 @@ from stitchvm_ext.backbones import backbone_of
 from stitchvm_ext.backbones.latents import encode_images
 from stitchvm_ext.ops import resample_tokens
 from stitchvm_ext.value import FinetuneConfig, finetune, search_stitch
+from stitchvm_ext.value.stitch_layer import StitchLayer
 from stitchvm_ext.value.stitching import untrained_value
 from stitchvm_ext.value.targets import cache_targets
 from tests import tiny
@@ -50,6 +51,20 @@ def test_resampling_and_projection_commute(make_value):
     y = stitch_layer.project(resample_tokens(tokens, (8, 8), (12, 12)))
     torch.testing.assert_close(stitch_layer(tokens, (8, 8)), y + stitch_layer.mlp(y))
     assert first.shape == (2, 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("grid", "out_grid", "read"),
+    [((64, 64), (24, 24), 48 * 48), ((64, 64), (16, 16), 32 * 32), ((9, 7), (3, 3), 3 * 5), ((8, 8), (5, 8), None)],
+)
+def test_read_tokens_are_those_with_a_weight(grid, out_grid, read):
+    """Against the adjoint of the resampling: what it gives no gradient is not read."""
+    found = StitchLayer(8, 8, out_grid).read_tokens(grid)
+    tokens = torch.zeros(1, grid[0] * grid[1], 1).requires_grad_()
+    (weights,) = torch.autograd.grad(resample_tokens(tokens, grid, out_grid).sum(), tokens)
+    expected = weights.flatten().nonzero().flatten()
+    assert torch.equal(expected if found is None else found, expected)
+    assert (len(expected) == grid[0] * grid[1]) if read is None else (len(found) == read)
 
 
 @pytest.mark.parametrize(("depth", "layer"), [(0, 1), (1, 1), (4, 2)])
