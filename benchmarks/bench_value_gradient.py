@@ -28,7 +28,7 @@ class PlainValue(torch.nn.Module):
 
     def __init__(self, value: StitchedValue):
         super().__init__()
-        transformer = value.backbone.transformer
+        transformer = value.backbone.denoiser
         self.embed, self.time = transformer.pos_embed, transformer.time_text_embed
         self.text = transformer.context_embedder
         self.blocks = transformer.transformer_blocks[: value.depth]
@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> dict:
         "eager": lambda z: plain(z, sigma, condition),
     }
     row = {"dtype": str(dtype).removeprefix("torch.")}
-    weights = [*value.parameters(), *value.backbone.transformer.parameters()]
+    weights = [*value.parameters(), *value.backbone.denoiser.parameters()]
     leaf = latents.clone().requires_grad_()
     row["bytes_kept"] = {name: bytes_kept(lambda f=f: f(leaf), weights) for name, f in forwards.items()}
     row["kept_share"] = {name: n / row["bytes_kept"]["eager"] for name, n in row["bytes_kept"].items()}

@@ -3,39 +3,50 @@
 from __future__ import annotations
 
 from .base import DiffusionBackbone
-from .condition import Condition, Encoding, expand_rows, is_same_encoding
+from .condition import Condition, Encoding, expand_rows, is_same_encoding, stack_rows
 from .conditioning import ConditioningTable, precompute_conditioning
+from .process import DDPM, ForwardProcess, RectifiedFlow, ReversedFlow, expand_sigma
 from .sd3 import SD3Backbone
 
 REGISTRY: dict[str, type[DiffusionBackbone]] = {"SD3Transformer2DModel": SD3Backbone}
-"""Adapter by the transformer's class name. A new backbone is one small class and one line here."""
+"""Adapter by the class name of the transformer or U-Net. A new backbone is one small class and one line here."""
 
 
-def backbone_of(pipe_or_transformer) -> DiffusionBackbone:
-    """The adapter of a pipeline's (or a bare) transformer. It holds a reference to the weights, never a copy.
+def backbone_of(pipe_or_denoiser) -> DiffusionBackbone:
+    """The adapter of a pipeline's (or a bare) transformer or U-Net. It holds a reference to the weights, never a copy.
 
     Raises:
         TypeError: no adapter is known for this class.
+        ValueError: a bare U-Net, or another model whose forward process is written in its pipeline's scheduler.
     """
-    transformer = getattr(pipe_or_transformer, "transformer", pipe_or_transformer)
-    name = type(transformer).__name__
+    denoiser = pipe_or_denoiser
+    for name in ("transformer", "unet"):
+        denoiser = getattr(denoiser, name, None) or denoiser
+    name = type(denoiser).__name__
     if name not in REGISTRY:
         raise TypeError(
-            f"backbone: expected a pipeline or transformer of one of the classes {sorted(REGISTRY)}, got {name}; "
-            "an adapter is a subclass of stitchvm_ext.backbones.DiffusionBackbone entered in its REGISTRY"
+            f"backbone: expected a pipeline, transformer or U-Net of one of the classes {sorted(REGISTRY)}, "
+            f"got {name}; an adapter is a subclass of stitchvm_ext.backbones.DiffusionBackbone entered in its REGISTRY "
+            '(CONTRIBUTING.md, "Adding a backbone")'
         )
-    return REGISTRY[name](transformer)
+    return REGISTRY[name].from_pipe(pipe_or_denoiser, denoiser)
 
 
 __all__ = [
     "Condition",
     "ConditioningTable",
+    "DDPM",
     "DiffusionBackbone",
     "Encoding",
+    "ForwardProcess",
     "REGISTRY",
+    "RectifiedFlow",
+    "ReversedFlow",
     "SD3Backbone",
     "backbone_of",
     "expand_rows",
+    "expand_sigma",
     "is_same_encoding",
     "precompute_conditioning",
+    "stack_rows",
 ]

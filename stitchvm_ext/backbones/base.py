@@ -1,13 +1,12 @@
-"""The base class of diffusion backbones: one adapter per architecture, 5 to 30 lines each.
+"""The base class of diffusion backbones: one adapter per architecture, 10 to 40 lines each.
 
-An adapter answers three questions about a diffusers transformer: which keyword arguments a latent, a noise level and
-a text become; what token grid a latent has; and how texts are encoded. Everything else (truncation, features,
-velocity, the shared prefix) is written once, here.
+An adapter answers three questions about a diffusers model: which keyword arguments a latent, a noise level and a text
+become; what token grid a latent has; and how texts are encoded. Everything else (truncation, features, velocity, the
+shared prefix) is written once, here.
 """
 
 from __future__ import annotations
 
-import copy
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,101 +15,147 @@ from torch import Tensor, nn
 
 from ..fused.function import Want, is_compiled
 from ..fused.fused_forward import FusedForward, fused_blocks
-from .condition import Condition, Encoding
-
-# The names under which diffusers' transformers keep their blocks, in the order in which they run.
-BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
-
-
-class _Tap(nn.Module):
-    """Stands before the final norm of a truncated transformer and keeps the tokens that enter it."""
-
-    def __init__(self, norm: nn.Module):
-        super().__init__()
-        self.norm = norm
-        self.tokens: Tensor | None = None
-
-    def forward(self, tokens: Tensor, *args, **kwargs):
-        self.tokens = tokens
-        return self.norm(tokens, *args, **kwargs)
-
-
-def blocks_of(transformer: nn.Module) -> list[nn.Module]:
-    """Every block of a transformer in running order."""
-    return [block for name in BLOCK_LISTS if name in transformer._modules for block in transformer._modules[name]]
+from . import latents as autoencoder
+from .condition import Condition, Encoding, stack_rows
+from .process import ForwardProcess, RectifiedFlow
+from .truncate import blocks_of, truncate
 
 
 def _sample_weights(block: nn.Module, count: int = 8) -> list[float]:
     """A few entries of the block's first matrix: enough to tell two trainings apart, stable under rounding to
     bfloat16.
     """
-    matrix = next(p for p in block.parameters() if p.ndim == 2)
+    matrix = next(p for p in block.parameters() if p.ndim >= 2)
     return [round(v, 6) for v in matrix.detach().flatten()[:: max(1, matrix.numel() // count)][:count].float().tolist()]
 
 
-def truncate(transformer: nn.Module, depth: int) -> nn.Module:
-    """A shell of ``transformer`` that runs only its first ``depth`` blocks. It shares every parameter and copies none.
-
-    The tokens that leave the last kept block are read from ``shell.norm_out.tokens`` after a call.
-    """
-    shell = copy.copy(transformer)
-    shell._modules = dict(transformer._modules)
-    # A hooked or compiled original carries an instance-level forward that would run the whole model.
-    shell.__dict__.pop("forward", None)
-    shell.__dict__["_compiled_call_impl"] = None
-    left = depth
-    for name in BLOCK_LISTS:
-        if name in shell._modules:
-            blocks = list(shell._modules[name])
-            shell._modules[name] = nn.ModuleList(blocks[:left])
-            left = max(0, left - len(blocks))
-    shell._modules["norm_out"] = _Tap(shell._modules["norm_out"])
-    return shell
-
-
 class DiffusionBackbone:
-    """A frozen diffusion transformer seen as a stack of blocks over image tokens.
+    """A frozen diffusion model seen as a stack of blocks over image tokens.
 
-    Latents are [B, C, H, W]; sigma is a float or a tensor [B] in [0, 1], 1 = noise; tokens are [B, N, width] in
-    row-major order of the token grid. Subclasses set ``image_tokens_index`` (where a block's output holds the image
-    tokens) and implement :meth:`inputs`, :meth:`encode_text` and :meth:`grid`.
+    Latents are [B, C, H, W], of video models [B, C, T, H, W]; sigma is a float or a tensor [B] in [0, 1], the time of
+    the rectified flow with 1 = noise, whatever process the model was trained on (see :class:`ForwardProcess`). Tokens
+    are [B, N, width] in row-major order of the token grid, frame by frame. Subclasses implement :meth:`inputs`,
+    :meth:`encode_text` and :meth:`grid`, and say where a block's output holds the image tokens.
+
+    Attributes:
+        denoiser: the pipeline's own transformer or U-Net.
+        blocks: all its blocks in running order; those that carry adapters or hooks included.
+        depth: how many places there are to cut: after block 1, 2, ... depth.
+        process: the forward process.
     """
 
-    image_tokens_index: int = 1
+    image_tokens_index: int = 1  # where a block's output tuple holds the image tokens; they are the last ones there
+    is_video: bool = False
+    text_options: tuple[str, ...] = ()  # names of the options of :meth:`encode_text`
+    max_shift: float = 1.15  # of dynamic shifting, where the scheduler's configuration has none
+    distilled_guidance: bool = False  # guidance_scale is an input of the model, "guidance" in the text options
 
-    def __init__(self, transformer: nn.Module):
-        self.transformer = transformer
-        self.depth = len(blocks_of(transformer))
+    def __init__(self, denoiser: nn.Module, process: ForwardProcess | None = None):
+        self.denoiser = denoiser
+        self.blocks = blocks_of(denoiser)
+        self.depth = len(self.blocks)
+        self.process = process or RectifiedFlow()
         self._shells: dict[int, nn.Module] = {}
+
+    @classmethod
+    def from_pipe(cls, pipe, denoiser: nn.Module) -> DiffusionBackbone:
+        """The adapter of a pipeline's denoiser, or of a bare one (``pipe`` is then the denoiser itself)."""
+        return cls(denoiser)
 
     # -- what a subclass says ------------------------------------------------------------------------------------------
 
-    @property
-    def width(self) -> int:
-        """Channels of an image token."""
-        raise NotImplementedError
+    def width(self, depth: int = 1) -> int:
+        """Channels of an image token after block ``depth``."""
+        config = self.denoiser.config
+        return config.num_attention_heads * config.attention_head_dim
 
     @property
     def latent_channels(self) -> int:
-        raise NotImplementedError
+        return self.denoiser.config.in_channels
 
-    def grid(self, latent_hw: tuple[int, int]) -> tuple[int, int]:
-        """Token grid (h, w) of a latent of size (H, W). Raises ValueError for a size that the patches do not divide."""
+    def grid(self, latent_hw: tuple[int, int], depth: int = 1) -> tuple[int, int]:
+        """Token grid (h, w) after block ``depth`` of a latent of size (H, W): of one frame.
+
+        Raises ValueError for a size that the patches do not divide.
+        """
         raise NotImplementedError
 
     def inputs(self, latents: Tensor, sigma: Tensor, encoding: Encoding) -> dict[str, Any]:
-        """The transformer's keyword arguments, ``return_dict`` aside."""
+        """The denoiser's keyword arguments, ``return_dict`` aside, for latents in the model's own scale.
+
+        Args:
+            latents: what ``process.model_latents`` returned.
+            sigma: float32 [B]; the model's time is ``process.timestep(sigma)``.
+        """
         raise NotImplementedError
+
+    def unpack(self, output: Tensor, latents: Tensor) -> Tensor:
+        """The denoiser's first output in the shape of the latents: undoes what :meth:`inputs` did to them."""
+        return output
 
     def read_inputs(self, call: dict[str, Any]) -> tuple[Tensor, float, Encoding, bool]:
         """The inverse of :meth:`inputs`, for a pipeline's call: latents, sigma, encoding, and whether the call
         holds nothing that changes the blocks (ControlNet residuals, attention arguments).
         """
-        raise NotImplementedError
+        raise TypeError(
+            f"transformer: the calls of a pipeline with {type(self.denoiser).__name__} cannot be guided from within; "
+            "use guided_sample"
+        )
 
     def encode_text(self, pipe, prompts: list[str], **options) -> Encoding:
         """Encode texts by the pipeline's own text encoders, one row each."""
         raise NotImplementedError
+
+    def timestep_options(self, config: dict[str, Any], steps: int, latent_hw: tuple[int, int]) -> dict[str, Any]:
+        """How the pipeline calls ``scheduler.set_timesteps(num_inference_steps=steps, ...)``, beyond that.
+
+        Args:
+            config: the scheduler's.
+        """
+        if not config.get("use_dynamic_shifting"):
+            return {}
+        return {"mu": shift_for_tokens(config, self.grid(latent_hw), self.max_shift)}
+
+    def latent_size(self, pipe, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """(H, W) of the latents of an image of some size in pixels, by default the pipeline's.
+
+        Raises ValueError for a size that the autoencoder does not divide.
+        """
+        factor, default = self.pixel_factor(pipe), self.default_latent_size(pipe)
+        sizes = []
+        for name, side in (("height", height), ("width", width)):
+            if side is not None and side % factor:
+                raise ValueError(f"{name}: expected a multiple of {factor} pixels, got {side}")
+            sizes.append(default if side is None else side // factor)
+        return tuple(sizes)
+
+    def latent_frames(self, pipe, num_frames: int) -> int:
+        """Frames T of the latents of a video of ``num_frames`` (video models only)."""
+        factor = pipe.vae_scale_factor_temporal
+        if (num_frames - 1) % factor:
+            raise ValueError(f"num_frames: expected 1 + a multiple of {factor}, got {num_frames}")
+        return (num_frames - 1) // factor + 1
+
+    def pixel_factor(self, pipe) -> int:
+        """Pixels per latent position along each axis."""
+        return pipe.vae_scale_factor
+
+    def default_latent_size(self, pipe) -> int:
+        return getattr(pipe, "default_sample_size", None) or self.denoiser.config.sample_size
+
+    # -- the autoencoder -----------------------------------------------------------------------------------------------
+
+    def encode_images(self, vae, images: Tensor) -> Tensor:
+        """z_0 = E(x_0), float32, of images [B, 3, H, W] (or for video models also [B, 3, F, H, W]) in [0, 1]."""
+        latents = autoencoder.encode_images(vae, images)
+        if self.is_video or latents.ndim == 4:
+            return latents
+        return latents.squeeze(2)  # an image model with a video autoencoder
+
+    def decode_latents(self, vae, latents: Tensor) -> Tensor:
+        """D(z_0): float32 images [B, 3, H, W], of video models frames [B, 3, F, H, W]; differentiable, not clamped."""
+        images = autoencoder.decode_latents(vae, latents)
+        return images if self.is_video or images.ndim == 4 else images.squeeze(2)
 
     # -- identity ------------------------------------------------------------------------------------------------------
 
@@ -119,11 +164,11 @@ class DiffusionBackbone:
         kept block.
         """
         return {
-            "class": type(self.transformer).__name__,
-            "width": self.width,
+            "class": type(self.denoiser).__name__,
+            "width": self.width(max(depth, 1)),
             "depth": self.depth,
             "latent_channels": self.latent_channels,
-            "weights": [_sample_weights(block) for block in blocks_of(self.transformer)[:depth]],
+            "weights": [_sample_weights(block) for block in self.blocks[:depth]],
         }
 
     def check_fingerprint(self, expected: dict[str, Any], depth: int) -> None:
@@ -144,11 +189,11 @@ class DiffusionBackbone:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.transformer.parameters()).dtype
+        return next(self.denoiser.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        return next(self.transformer.parameters()).device
+        return next(self.denoiser.parameters()).device
 
     def null_condition(self, pipe, **options) -> Encoding:
         """One row: the empty prompt through the pipeline's text encoders (METHOD.md §2)."""
@@ -160,8 +205,9 @@ class DiffusionBackbone:
 
     def check_latents(self, latents: Tensor, sigma: float | Tensor) -> Tensor:
         """Validate a call's latents and return sigma as a float32 tensor [B]."""
-        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
-            raise ValueError(f"latents: expected shape [B, {self.latent_channels}, H, W], got {list(latents.shape)}")
+        dims, shape = (5, "[B, {}, T, H, W]") if self.is_video else (4, "[B, {}, H, W]")
+        if latents.ndim != dims or latents.shape[1] != self.latent_channels:
+            raise ValueError(f"latents: expected shape {shape.format(self.latent_channels)}, got {list(latents.shape)}")
         if not latents.is_floating_point():
             raise TypeError(f"latents: expected a floating-point tensor, got {latents.dtype}")
         if latents.device != self.device:
@@ -175,12 +221,32 @@ class DiffusionBackbone:
             )
         return sigma.expand(latents.shape[0])
 
+    def call_inputs(self, latents: Tensor, sigma: Tensor, encoding: Encoding) -> dict[str, Any]:
+        """The denoiser's keyword arguments for flow latents."""
+        return self.inputs(self.process.model_latents(latents, sigma), sigma, encoding)
+
+    def image_tokens(self, output, latents: Tensor, depth: int) -> Tensor:
+        """Image tokens [B, N, width] of what block ``depth`` returned."""
+        tokens = output[self.image_tokens_index] if isinstance(output, tuple) else output
+        return tokens[:, -self._token_count(latents, depth) :].to(self.dtype)
+
+    def _token_count(self, latents: Tensor, depth: int) -> int:
+        h, w = self.grid(tuple(latents.shape[-2:]), depth)
+        return h * w * (latents.shape[2] if self.is_video else 1)
+
     def truncated(self, depth: int) -> nn.Module:
         """The shell of the first ``depth`` blocks, made once per depth."""
         self.check_depth(depth)
         if depth not in self._shells:
-            self._shells[depth] = truncate(self.transformer, depth)
+            self._shells[depth] = truncate(self.denoiser, depth)
         return self._shells[depth]
+
+    def run_prefix(self, latents: Tensor, sigma: Tensor, encoding: Encoding, depth: int) -> Tensor:
+        """Image tokens after block ``depth``; no later block runs."""
+        shell = self.truncated(depth)
+        shell(**self.call_inputs(latents, sigma, encoding), return_dict=False)
+        tokens, shell.norm_out.tokens = shell.norm_out.tokens, None
+        return tokens[:, -self._token_count(latents, depth) :].to(self.dtype)
 
     def features(
         self,
@@ -194,7 +260,7 @@ class DiffusionBackbone:
     ) -> Tensor:
         """Image tokens [B, N, width] after block ``depth``: ``u_{<=i}(z_t, t)`` of METHOD.md §2.
 
-        The transformer is taken as frozen: the tokens are differentiable with respect to the latents alone. Blocks that
+        The denoiser is taken as frozen: the tokens are differentiable with respect to the latents alone. Blocks that
         the fused ops know run on them.
 
         Args:
@@ -203,45 +269,55 @@ class DiffusionBackbone:
             memory: what fused blocks keep for the backward, "save" or "recompute".
         """
         sigma = self.check_latents(latents, sigma)
-        shell = self.truncated(depth)
-        with frozen(self.transformer), fused_blocks(*self._prefix(depth, rows, memory, prune=True)):
-            shell(**self.inputs(latents, sigma, encoding), return_dict=False)
-        tokens, shell.norm_out.tokens = shell.norm_out.tokens, None
-        return tokens
+        self.check_depth(depth)
+        with frozen(self.denoiser), fused_blocks(*self._prefix(depth, rows, memory, prune=True)):
+            return self.run_prefix(latents, sigma, encoding, depth)
+
+    def features_at(
+        self, latents: Tensor, sigma: float | Tensor, encoding: Encoding, depths: list[int], *, memory: str = "save"
+    ) -> dict[int, Tensor]:
+        """Image tokens after each of several blocks, from one pass that ends at the deepest. As :meth:`features`."""
+        sigma = self.check_latents(latents, sigma)
+        for depth in depths:
+            self.check_depth(depth)
+        deepest = max(depths)
+        found: dict[int, Tensor] = {}
+
+        def keep(depth: int):
+            def hook(module, args, output):
+                found[depth] = self.image_tokens(output, latents, depth)
+
+            return hook
+
+        handles = [self.blocks[d - 1].register_forward_hook(keep(d)) for d in sorted(set(depths) - {deepest})]
+        try:
+            with frozen(self.denoiser), fused_blocks(*self._prefix(deepest, None, memory, prune=True)):
+                found[deepest] = self.run_prefix(latents, sigma, encoding, deepest)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
 
     def fused(self):
-        """A context in which every block that the fused ops know runs on them, whoever calls the transformer.
+        """A context in which every block that the fused ops know runs on them, whoever calls the denoiser.
 
-        Blocks that are fused already keep their memory level; a compiled transformer is left as it is.
+        Blocks that are fused already keep their memory level; a compiled denoiser is left as it is.
         """
-        if is_compiled(self.transformer):
+        if is_compiled(self.denoiser):
             return nullcontext()
-        blocks = [b for b in blocks_of(self.transformer) if not isinstance(b.__dict__.get("forward"), FusedForward)]
+        blocks = [b for b in self.blocks if not isinstance(b.__dict__.get("forward"), FusedForward)]
         return fused_blocks(blocks, [Want()] * len(blocks))
 
     def _prefix(self, depth: int, rows: Tensor | None, memory: str, prune: bool) -> tuple[list[nn.Module], list[Want]]:
         """The first ``depth`` blocks and what each has to yield."""
         wants = [Want(memory=memory)] * (depth - 1) + [Want(rows, prune, memory)]
-        return blocks_of(self.transformer)[:depth], wants
-
-    def all_features(self, latents: Tensor, sigma: float | Tensor, encoding: Encoding) -> list[Tensor]:
-        """Image tokens after every block, from one forward pass."""
-        sigma = self.check_latents(latents, sigma)
-        kept: list[Tensor] = []
-        index = self.image_tokens_index
-        keep = lambda module, args, output: kept.append(output[index] if isinstance(output, tuple) else output)  # noqa: E731
-        handles = [block.register_forward_hook(keep) for block in blocks_of(self.transformer)]
-        try:
-            self.transformer(**self.inputs(latents, sigma, encoding), return_dict=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return kept
+        return self.blocks[:depth], wants
 
     def velocity(self, latents: Tensor, sigma: float | Tensor, encoding: Encoding) -> Tensor:
         """u_t(z_t), an estimate of ``E[eps - z_0 | z_t]`` (METHOD.md §1), like ``latents``."""
         sigma = self.check_latents(latents, sigma)
-        return self.transformer(**self.inputs(latents, sigma, encoding), return_dict=False)[0]
+        output = self.denoiser(**self.call_inputs(latents, sigma, encoding), return_dict=False)[0]
+        return self.process.velocity(self.unpack(output, latents), latents, sigma)
 
     def branches(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """Conditional and unconditional velocity, both in one call as diffusers' pipelines make it; the second is None
@@ -250,7 +326,7 @@ class DiffusionBackbone:
         sigma = self.check_latents(latents, sigma)
         if condition.guidance_scale <= 1:
             return self.velocity(latents, sigma, condition.cond), None
-        both = {name: torch.cat([condition.uncond[name], t]) for name, t in condition.cond.items()}
+        both = stack_rows([condition.uncond, condition.cond])
         uncond, cond = self.velocity(torch.cat([latents] * 2), sigma.repeat(2), both).chunk(2)
         return cond, uncond
 
@@ -280,26 +356,37 @@ class DiffusionBackbone:
         """
         sigma = self.check_latents(latents, sigma)
         self.check_depth(depth)
-        index = self.image_tokens_index
         captured: list[Tensor] = []
 
         def cut(module, args, output):
-            captured.append(output[index] if isinstance(output, tuple) else output)
+            captured.append(self.image_tokens(output, latents, depth))
             torch.set_grad_enabled(False)
-            if isinstance(output, tuple):
-                return tuple(o.detach() if isinstance(o, Tensor) else o for o in output)
-            return output.detach()
+            return _detached(output)
 
         with torch.inference_mode(False):
             leaf = latents.detach().clone().requires_grad_()
-        handle = blocks_of(self.transformer)[depth - 1].register_forward_hook(cut)
+        handle = self.blocks[depth - 1].register_forward_hook(cut)
         prefix = fused_blocks(*self._prefix(depth, rows, memory, prune=False))
         try:
-            with frozen(self.transformer), torch.inference_mode(False), torch.enable_grad(), prefix:
-                velocity = self.transformer(**self.inputs(leaf, sigma, encoding), return_dict=False)[0]
+            with frozen(self.denoiser), torch.inference_mode(False), torch.enable_grad(), prefix:
+                output = self.denoiser(**self.call_inputs(leaf, sigma, encoding), return_dict=False)[0]
         finally:
             handle.remove()
-        return velocity.detach(), captured[0], leaf
+        velocity = self.process.velocity(self.unpack(output.detach(), latents), latents, sigma)
+        return velocity, captured[0], leaf
+
+
+def shift_for_tokens(config: dict[str, Any], grid: tuple[int, int], max_shift: float) -> float:
+    """``mu`` of dynamic shifting, by diffusers' own formula; ``max_shift`` is for a configuration without one."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    return calculate_shift(
+        grid[0] * grid[1],
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", max_shift),
+    )
 
 
 @contextmanager
@@ -313,3 +400,10 @@ def frozen(module: nn.Module):
     finally:
         for p in trainable:
             p.requires_grad_(True)
+
+
+def _detached(output):
+    """A block's output, tuples in it included, without its graph."""
+    if isinstance(output, tuple):
+        return tuple(_detached(o) for o in output)
+    return output.detach() if isinstance(output, Tensor) else output

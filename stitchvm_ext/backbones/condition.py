@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Encoding = dict[str, Tensor]
@@ -59,6 +61,20 @@ class Condition:
 def expand_rows(encoding: Encoding, batch: int) -> Encoding:
     """A one-row encoding for ``batch`` samples, without copying."""
     return {name: t.expand(batch, *t.shape[1:]) for name, t in encoding.items()}
+
+
+def stack_rows(encodings: Sequence[Encoding]) -> Encoding:
+    """The rows of several encodings in one. Texts of different length are padded with zeros at the end, which the masks
+    of such encodings leave out.
+    """
+    stacked = {}
+    for name in encodings[0]:
+        parts = [encoding[name] for encoding in encodings]
+        if parts[0].ndim > 1:
+            longest = max(t.shape[1] for t in parts)
+            parts = [F.pad(t, (0, 0) * (t.ndim - 2) + (0, longest - t.shape[1])) for t in parts]
+        stacked[name] = torch.cat(parts)
+    return stacked
 
 
 def is_same_encoding(encoding: Encoding, one_row: Encoding) -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..fused.modulation import RowLookup, TableLinear
-from .base import DiffusionBackbone, blocks_of
+from .base import DiffusionBackbone
+from .truncate import blocks_of
 
 
 def precompute_conditioning(pipe, sigmas, pooled_prompt_embeds: Tensor, *, release: bool = False) -> ConditioningTable:
@@ -37,7 +38,7 @@ def precompute_conditioning(pipe, sigmas, pooled_prompt_embeds: Tensor, *, relea
     from . import backbone_of  # the registry imports the adapters, and they this package
 
     backbone = pipe if isinstance(pipe, DiffusionBackbone) else backbone_of(pipe)
-    transformer = backbone.transformer
+    transformer = backbone.denoiser
     if type(transformer).__name__ != "SD3Transformer2DModel":
         raise TypeError(f"pipe: expected a transformer of the SD3 family, got {type(transformer).__name__}")
     sigmas = torch.as_tensor(sigmas, dtype=torch.float32, device=backbone.device).flatten()

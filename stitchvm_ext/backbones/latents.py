@@ -1,24 +1,59 @@
-"""Between images and latents: the autoencoder with its shift and scale (METHOD.md §1)."""
+"""Between images and latents: the autoencoder, and the shift and scale that diffusion models see (METHOD.md §1)."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def _shift_and_scale(vae) -> tuple[float, float]:
-    return float(getattr(vae.config, "shift_factor", None) or 0.0), float(vae.config.scaling_factor)
+def _is_video(vae) -> bool:
+    """Whether the autoencoder takes and gives frames [B, C, F, H, W]: its convolutions are three-dimensional."""
+    return next(p for p in vae.parameters() if p.ndim >= 4).ndim == 5
+
+
+def _statistics(vae, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """Mean and standard deviation by which the pipeline normalises raw latents, to broadcast against them."""
+    config = vae.config
+    per_channel = lambda values: torch.as_tensor(values).to(latents).view(1, -1, *[1] * (latents.ndim - 2))  # noqa: E731
+    scale = float(config.get("scaling_factor") or 1.0)
+    if hasattr(vae, "bn"):  # FLUX.2 keeps them in a batch norm over patchified latents
+        return per_channel(vae.bn.running_mean), per_channel((vae.bn.running_var + config.batch_norm_eps).sqrt())
+    if config.get("latents_mean") is not None:
+        return per_channel(config.latents_mean), per_channel(config.latents_std) / scale
+    return float(config.get("shift_factor") or 0.0), 1 / scale
 
 
 @torch.no_grad()
 def encode_images(vae, images: Tensor) -> Tensor:
-    """z_0 = E(x_0): the posterior mode of images [B, 3, H, W] in [0, 1], float32 [B, C, h, w], shifted and scaled."""
-    shift, scale = _shift_and_scale(vae)
-    mode = vae.encode(images.to(vae.dtype) * 2 - 1).latent_dist.mode()
-    return (mode.float() - shift) * scale
+    """z_0 = E(x_0): the posterior mode, float32, shifted and scaled.
+
+    Args:
+        images: [B, 3, H, W] in [0, 1]; for a video autoencoder also frames [B, 3, F, H, W].
+
+    Returns:
+        [B, C, h, w]; of a video autoencoder [B, C, T, h, w], T = 1 for images. FLUX.2's are patchified, as its pipeline
+        has them.
+    """
+    pixels = images.to(vae.dtype) * 2 - 1
+    if _is_video(vae) and pixels.ndim == 4:
+        pixels = pixels.unsqueeze(2)
+    encoded = vae.encode(pixels)
+    raw = (encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent).float()
+    if hasattr(vae, "bn"):
+        raw = F.pixel_unshuffle(raw, 2)
+    mean, std = _statistics(vae, raw)
+    return (raw - mean) / std
 
 
 def decode_latents(vae, latents: Tensor) -> Tensor:
-    """D(z_0): float32 images [B, 3, H, W] of scaled latents; differentiable, and not clamped to [0, 1]."""
-    shift, scale = _shift_and_scale(vae)
-    return vae.decode((latents / scale + shift).to(vae.dtype)).sample.float() / 2 + 0.5
+    """D(z_0): float32 images [B, 3, H, W] (frames [B, 3, F, H, W] of a video autoencoder) of what
+    :func:`encode_images` returns; differentiable, and not clamped to [0, 1].
+    """
+    mean, std = _statistics(vae, latents)
+    raw = latents * std + mean
+    if hasattr(vae, "bn"):
+        raw = F.pixel_shuffle(raw, 2)
+    if _is_video(vae) and raw.ndim == 4:
+        raw = raw.unsqueeze(2)
+    return vae.decode(raw.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5

@@ -16,17 +16,12 @@ class SD3Backbone(DiffusionBackbone):
 
     image_tokens_index = 1  # blocks return (text, image)
 
-    @property
-    def width(self) -> int:
-        return self.transformer.inner_dim
+    text_options = ("max_sequence_length",)
+    max_shift = 1.16
 
-    @property
-    def latent_channels(self) -> int:
-        return self.transformer.config.in_channels
-
-    def grid(self, latent_hw: tuple[int, int]) -> tuple[int, int]:
-        patch = self.transformer.config.patch_size
-        largest = self.transformer.config.pos_embed_max_size
+    def grid(self, latent_hw: tuple[int, int], depth: int = 1) -> tuple[int, int]:
+        patch = self.denoiser.config.patch_size
+        largest = self.denoiser.config.pos_embed_max_size
         h, w = (side // patch for side in latent_hw)
         if (h * patch, w * patch) != tuple(latent_hw) or not (0 < h <= largest and 0 < w <= largest):
             raise ValueError(
@@ -39,7 +34,7 @@ class SD3Backbone(DiffusionBackbone):
         dtype = self.dtype
         return {
             "hidden_states": latents.to(dtype),
-            "timestep": sigma * 1000,  # float32: embedded in float32 by the transformer
+            "timestep": self.process.timestep(sigma),  # float32: embedded in float32 by the transformer
             "encoder_hidden_states": encoding["prompt_embeds"].to(dtype),
             "pooled_projections": encoding["pooled_prompt_embeds"].to(dtype),
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..backbones.base import blocks_of
+from ..backbones.truncate import blocks_of
 from .function import Want
 from .fused_forward import FusedForward, is_joint_block
 from .step_graph import StepGraph

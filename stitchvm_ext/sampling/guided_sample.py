@@ -10,11 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..backbones import Condition, DiffusionBackbone, Encoding, backbone_of
-from ..backbones.base import blocks_of, frozen
-from ..backbones.latents import decode_latents
+from ..backbones import Condition, DiffusionBackbone, Encoding, backbone_of, stack_rows
+from ..backbones.base import frozen
 from ..fused.step_graph import StepGraph
 from ..value.base import ValueEstimator
 from .checks import as_prompts, check_count, check_guidance_scale
@@ -34,12 +33,12 @@ class GuidedSampleOutput:
 
     Attributes:
         images: B PIL images; for "pt" a tensor [B, 3, H, W] and for "np" an array [B, H, W, 3], both in [0, 1]; for
-            "latent" the latents.
-        latents: final latents, float32 [B, C, h, w].
+            "latent" the latents. Of video models B lists of F images, [B, F, 3, H, W] and [B, F, H, W, 3].
+        latents: final latents, float32 [B, C, h, w] (video: [B, C, T, h, w]), in flow coordinates.
         values: V(z_t, t) before each step, float32 [T, B] on the CPU; NaN at steps that were not guided.
         sigmas: noise levels, float32 [T+1]; ``values[k]`` was taken at ``sigmas[k]``.
         timings: wall-clock seconds by phase ("encode", "sample", "decode") and in all ("total").
-        denoiser_evaluations: forward passes of the whole transformer for one sample each, counted at its blocks: half
+        denoiser_evaluations: forward passes of the whole denoiser for one sample each, counted at its blocks: half
             of its blocks run for one sample count 0.5. Backward passes are not counted.
         guided_steps: steps at which the value was evaluated.
     """
@@ -65,6 +64,7 @@ def guided_sample(
     negative_prompt: str | list[str] = "",
     num_inference_steps: int = 28,
     guidance_scale: float = 7.0,
+    true_cfg_scale: float = 1.0,
     strength: float = Guidance.strength,
     mode: str = Guidance.mode,
     schedule: str | Callable[[float], float] = Guidance.schedule,
@@ -74,6 +74,7 @@ def guided_sample(
     num_images_per_prompt: int = 1,
     height: int | None = None,
     width: int | None = None,
+    num_frames: int = 1,
     generator: torch.Generator | list[torch.Generator] | None = None,
     latents: Tensor | None = None,
     batch_size: int | None = None,
@@ -84,26 +85,30 @@ def guided_sample(
     """Sample a pipeline's images under value-gradient guidance (DPS, METHOD.md §5).
 
     The pipeline's own text encoders, noise levels, classifier-free guidance and autoencoder are used; with
-    ``value=None`` or ``strength=0``, and ``transition="ode"``, the result is the pipeline's own, to float rounding. A
-    sample does not depend on the samples beside it: texts are encoded one by one, norms are per sample, and every
+    ``value=None`` or ``strength=0``, and ``transition="ode"``, the result is the pipeline's own with a first-order
+    solver (Euler on flows, DDIM on DDPM models down to noise level 0), to float rounding. A sample does not depend on the samples beside it: texts are encoded one by one, norms are per sample, and every
     sample has its own generator.
 
     Args:
-        pipe: a diffusers pipeline whose transformer has a backbone adapter, with a flow-matching scheduler.
-        value: any estimator on this pipeline's transformer; None samples without guidance.
+        pipe: a diffusers pipeline whose transformer or U-Net has a backbone adapter.
+        value: any estimator on this pipeline's denoiser; None samples without guidance.
         prompt: P texts; B = P * num_images_per_prompt samples, those of one prompt next to each other.
         negative_prompt: one text for all or one per prompt. With "" (the null text) a stitched value shares its
             backbone prefix with the unconditional branch.
         num_inference_steps: T.
-        guidance_scale: classifier-free guidance; at most 1 means none.
+        guidance_scale: classifier-free guidance; at most 1 means none. Models with distilled guidance (FLUX) take it as
+            an input instead, as their pipelines do.
+        true_cfg_scale: classifier-free guidance of those models, 1 for none.
         strength, mode, schedule, window, every: see :class:`~stitchvm_ext.sampling.Guidance`.
         transition: "ode", "linear_sde" or "flow_grpo", or a callable of their signature.
         height, width: image size in pixels; by default the pipeline's.
+        num_frames: of video models.
         generator: B generators, one per sample, or one: the first sample then uses it as it is, the others generators
             seeded from it. Without one, seeds come from torch's global generator.
         latents: initial noise [B, C, h, w] in place of generated noise.
         batch_size: samples that are denoised, and decoded, together; all by default.
-        max_sequence_length: rows of the T5 encoding. By default what the value's null text was encoded with, else 256.
+        max_sequence_length: rows of the text encoding. By default what the value's null text was encoded with, else the
+            backbone's default.
         output_type: "pil", "pt", "np" or "latent".
         progress: show a bar.
 
@@ -121,37 +126,41 @@ def guided_sample(
     if batch_size is not None:
         check_count("batch_size", batch_size)
     check_guidance_scale(guidance_scale)
+    check_guidance_scale(true_cfg_scale)
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type: expected one of {list(OUTPUT_TYPES)}, got {output_type!r}")
     prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
     negatives = [p for p in negatives for _ in range(num_images_per_prompt)]
-    shape = _latent_shape(pipe, backbone, len(prompts), height, width, latents)
+    shape = _latent_shape(pipe, backbone, len(prompts), height, width, num_frames, latents)
     _check_value(value, backbone, shape)
-    if is_guided(pipe.transformer):
+    if is_guided(backbone.denoiser):
         raise ValueError(
-            "pipe: its transformer is guided by apply_value_guidance; call remove_value_guidance(transformer) first"
+            "pipe: its denoiser is guided by apply_value_guidance; call remove_value_guidance(transformer) first"
         )
-    text_options = _text_options(value, max_sequence_length)
+    text_options = _text_options(backbone, value, max_sequence_length)
+    cfg_scale = float(guidance_scale)
+    if backbone.distilled_guidance:
+        text_options["guidance"], cfg_scale = float(guidance_scale), float(true_cfg_scale)
     batch_size = batch_size or len(prompts)
     chunks = [slice(first, first + batch_size) for first in range(0, len(prompts), batch_size)]
     sources = [NoiseSource(g, backbone.device) for g in per_sample_generators(generator, len(prompts))]
-    sigmas = pipeline_sigmas(pipe, backbone, num_inference_steps, shape[2:])
+    sigmas = pipeline_sigmas(pipe, backbone, num_inference_steps, shape[-2:])
 
     clock = Stopwatch(backbone.device)
     with (
         torch.inference_mode(False),  # a caller's inference mode would leave no way to a gradient
-        frozen(pipe.transformer),
+        frozen(backbone.denoiser),
         frozen(pipe.vae),
         backbone.fused(),
-        count_block_rows(pipe.transformer) as rows,
+        count_block_rows(backbone) as rows,
         clock("total"),
     ):
         with clock("encode"):
-            condition = encode_condition(pipe, backbone, prompts, negatives, float(guidance_scale), text_options)
+            condition = encode_condition(pipe, backbone, prompts, negatives, cfg_scale, text_options)
         with clock("sample"):
             if latents is None:  # in the model's dtype, as the pipeline draws it
                 latents = draw_all(sources, shape[1:], backbone.dtype)
-            latents = latents.to(backbone.device, torch.float32)
+            latents = backbone.process.flow_latents(latents.to(backbone.device, torch.float32), sigmas[:1])
             with progress_bar(len(chunks) * num_inference_steps, progress) as bar:
                 done = [
                     sample_dps(
@@ -170,14 +179,14 @@ def guided_sample(
             latents = torch.cat([z for z, _ in done])
             values = torch.cat([v for _, v in done], dim=1).cpu()
         with clock("decode"):
-            images = latents if output_type == "latent" else decode(pipe, latents, chunks, output_type)
+            images = latents if output_type == "latent" else decode(pipe, backbone, latents, chunks, output_type)
     return GuidedSampleOutput(
         images=images,
         latents=latents,
         values=values,
         sigmas=sigmas,
         timings=clock.seconds,
-        denoiser_evaluations=rows.count / backbone.depth,
+        denoiser_evaluations=rows.count / len(backbone.blocks),
         guided_steps=int((~values.isnan()).any(1).sum()),
     )
 
@@ -199,17 +208,27 @@ def encode_condition(
         for text in dict.fromkeys(texts):
             if text not in cache:
                 cache[text] = backbone.encode_text(pipe, [text], **options)
-        return {name: torch.cat([cache[text][name] for text in texts]) for name in cache[texts[0]]}
+        return stack_rows([cache[text] for text in texts])
 
     uncond = rows(negatives) if guidance_scale > 1 else None
     return Condition(tuple(prompts), rows(prompts), uncond, guidance_scale)
 
 
 @torch.no_grad()
-def decode(pipe, latents: Tensor, chunks: list[slice], output_type: str):
-    """Images of latents by the pipeline's autoencoder and image processor."""
-    images = torch.cat([decode_latents(pipe.vae, latents[chunk]) for chunk in chunks]).clamp(0, 1)
-    return pipe.image_processor.postprocess(images, output_type=output_type, do_denormalize=[False] * len(images))
+def decode(pipe, backbone: DiffusionBackbone, latents: Tensor, chunks: list[slice], output_type: str):
+    """Images of latents by the pipeline's autoencoder; of a video model a list of frames or one more dimension each."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    images = torch.cat([backbone.decode_latents(pipe.vae, latents[chunk]) for chunk in chunks]).clamp(0, 1)
+    if images.ndim == 5:
+        images = images.transpose(1, 2)  # [B, F, 3, H, W]
+    if output_type == "pt":
+        return images
+    arrays = images.movedim(-3, -1).float().cpu().numpy()
+    if output_type == "np":
+        return arrays
+    to_pil = VaeImageProcessor.numpy_to_pil
+    return to_pil(arrays) if images.ndim == 4 else [to_pil(frames) for frames in arrays]
 
 
 @contextmanager
@@ -244,18 +263,18 @@ class _Rows:
 
 
 @contextmanager
-def count_block_rows(transformer: nn.Module) -> Iterator[_Rows]:
-    """Count the samples that pass through each of the transformer's blocks, whoever calls them."""
+def count_block_rows(backbone: DiffusionBackbone) -> Iterator[_Rows]:
+    """Count the samples that pass through each of the denoiser's blocks, whoever calls them."""
     rows = _Rows()
 
     def add(module, args, kwargs):
         rows.count += len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
     def add_replay(batch: int):  # hooks do not run inside a CUDA graph
-        rows.count += batch * len(blocks_of(transformer))
+        rows.count += batch * len(backbone.blocks)
 
-    handles = [block.register_forward_pre_hook(add, with_kwargs=True) for block in blocks_of(transformer)]
-    graph = transformer.__dict__.get("forward")
+    handles = [block.register_forward_pre_hook(add, with_kwargs=True) for block in backbone.blocks]
+    graph = backbone.denoiser.__dict__.get("forward")
     if isinstance(graph, StepGraph):
         graph.on_replay = add_replay
     try:
@@ -279,20 +298,24 @@ def _negative_prompts(negative_prompt, count: int) -> list[str]:
     return negatives
 
 
-def _latent_shape(pipe, backbone: DiffusionBackbone, count: int, height, width, latents) -> tuple[int, int, int, int]:
-    factor = pipe.vae_scale_factor
-    sizes = []
-    for axis, (name, side) in enumerate([("height", height), ("width", width)]):
-        if side is None:
-            given = isinstance(latents, Tensor) and latents.ndim == 4
-            sizes.append(latents.shape[2 + axis] if given else pipe.default_sample_size)
-            continue
-        check_count(name, side)
-        if side % factor:
-            raise ValueError(f"{name}: expected a multiple of {factor} pixels, got {side}")
-        sizes.append(side // factor)
-    backbone.grid(tuple(sizes))
-    shape = (count, backbone.latent_channels, *sizes)
+def _latent_shape(pipe, backbone: DiffusionBackbone, count: int, height, width, num_frames, latents) -> tuple[int, ...]:
+    """[B, C, h, w], of a video model [B, C, T, h, w]."""
+    for name, side in (("height", height), ("width", width)):
+        if side is not None:
+            check_count(name, side)
+    check_count("num_frames", num_frames)
+    if num_frames > 1 and not backbone.is_video:
+        raise ValueError(f"num_frames: expected 1 for a backbone of images, got {num_frames}")
+    size = backbone.latent_size(pipe, height, width)
+    given = isinstance(latents, Tensor) and latents.ndim == 4 + backbone.is_video
+    if given:
+        size = tuple(
+            have if side is None else asked
+            for have, asked, side in zip(latents.shape[-2:], size, (height, width), strict=True)
+        )
+    backbone.grid(size)
+    frames = (latents.shape[2] if given else backbone.latent_frames(pipe, num_frames),) if backbone.is_video else ()
+    shape = (count, backbone.latent_channels, *frames, *size)
     if latents is not None:
         if not isinstance(latents, Tensor) or not latents.is_floating_point():
             raise TypeError(
@@ -303,26 +326,28 @@ def _latent_shape(pipe, backbone: DiffusionBackbone, count: int, height, width, 
     return shape
 
 
-def _check_value(value, backbone: DiffusionBackbone, shape: tuple[int, int, int, int]) -> None:
+def _check_value(value, backbone: DiffusionBackbone, shape: tuple[int, ...]) -> None:
     if value is None:
         return
     if not isinstance(value, ValueEstimator):
         raise TypeError(f"value: expected a ValueEstimator or None, got {type(value).__name__}")
-    theirs = value.backbone.transformer
-    if theirs is not backbone.transformer:
+    theirs = value.backbone.denoiser
+    if theirs is not backbone.denoiser:
         raise ValueError(
-            "value: expected an estimator on this pipeline's own transformer, got one on another "
+            "value: expected an estimator on this pipeline's own denoiser, got one on another "
             f"{type(theirs).__name__}; build or load it with this pipeline"
         )
     if hasattr(value, "check_latent_size"):
-        value.check_latent_size(shape[2:])
+        value.check_latent_size(shape[-2:])
 
 
-def _text_options(value, max_sequence_length) -> dict:
+def _text_options(backbone: DiffusionBackbone, value, max_sequence_length) -> dict:
     if max_sequence_length is None:
-        return dict(getattr(value, "text_options", None) or {"max_sequence_length": 256})
+        return dict(getattr(value, "text_options", None) or {})
     if isinstance(max_sequence_length, bool) or not isinstance(max_sequence_length, int):
         raise TypeError(f"max_sequence_length: expected an integer, got {type(max_sequence_length).__name__}")
+    if "max_sequence_length" not in backbone.text_options:
+        raise ValueError(f"max_sequence_length: expected None, the text length of {type(backbone).__name__} is fixed")
     if not 0 <= max_sequence_length <= 512:
         raise ValueError(f"max_sequence_length: expected 0..512, got {max_sequence_length}")
     return {"max_sequence_length": max_sequence_length}

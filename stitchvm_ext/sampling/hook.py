@@ -93,7 +93,7 @@ class ValueGuide:
         check_guidance_scale(guidance_scale)
         if not isinstance(value, ValueEstimator):
             raise TypeError(f"value: expected a ValueEstimator, got {type(value).__name__}")
-        if value.backbone.transformer is not transformer:
+        if value.backbone.denoiser is not transformer:
             raise ValueError("value: expected an estimator on this very transformer, got one on another")
         self.value, self.prompts = value, prompts
         self.guidance_scale, self.guidance = float(guidance_scale), guidance
@@ -109,7 +109,7 @@ class ValueGuide:
         self._inside = True
         try:
             call = inspect.signature(forward).bind(*args, **kwargs).arguments
-            with frozen(self.value.backbone.transformer):
+            with frozen(self.value.backbone.denoiser):
                 return self._guided(forward, call)
         finally:
             self._inside = False

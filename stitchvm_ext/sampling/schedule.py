@@ -7,48 +7,48 @@ import copy
 import torch
 from torch import Tensor
 
-from ..backbones import DiffusionBackbone
+from ..backbones import DDPM, DiffusionBackbone
 
 
 def pipeline_sigmas(pipe, backbone: DiffusionBackbone, num_inference_steps: int, latent_hw: tuple[int, int]) -> Tensor:
-    """The noise levels at which ``pipe(num_inference_steps=...)`` evaluates its transformer, and the final 0.
+    """The noise levels at which ``pipe(num_inference_steps=...)`` evaluates its denoiser, and the final 0.
 
     They come from the installed scheduler's ``set_timesteps``, static and resolution-dependent (dynamic) shifting
-    included, and are never recomputed here. The scheduler is copied first: ``pipe.scheduler`` keeps its state.
+    included, and are never recomputed here. The scheduler is copied first: ``pipe.scheduler`` keeps its state. The
+    timesteps of DDPM models are given as flow times, see :class:`~stitchvm_ext.backbones.DDPM`.
 
     Args:
-        pipe: a pipeline whose scheduler is a ``FlowMatchEulerDiscreteScheduler``.
+        pipe: a pipeline whose scheduler suits its backbone: FlowMatchEuler, or another one with ``use_flow_sigmas``,
+            for flows; any with ``alphas_cumprod`` for DDPM models.
         num_inference_steps: T, at least 1.
         latent_hw: height and width of the latents, which dynamic shifting depends on.
 
     Returns:
-        float32 [T+1] on the CPU, strictly decreasing from at most 1 to 0.
+        float32 [T+1] on the CPU, strictly decreasing from at most 1 to 0. A scheduler that visits a timestep twice
+        (PNDM) gives fewer.
 
     Raises:
-        TypeError: the scheduler is of another class, so its noise levels are not those of a rectified flow.
+        TypeError: the scheduler's noise levels are not those of a rectified flow, and the backbone is one.
         ValueError: its noise levels do not decrease from within (0, 1] to 0.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
-    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
-    if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
-        raise TypeError(
-            "pipe.scheduler: expected a flow-matching scheduler (FlowMatchEulerDiscreteScheduler), "
-            f"got {type(pipe.scheduler).__name__}"
-        )
     scheduler = copy.deepcopy(pipe.scheduler)
-    config, options = scheduler.config, {}
-    if config.get("use_dynamic_shifting"):
-        h, w = backbone.grid(latent_hw)
-        options["mu"] = calculate_shift(
-            h * w,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.16),
+    options = backbone.timestep_options(scheduler.config, num_inference_steps, tuple(latent_hw))
+    is_ddpm = isinstance(backbone.process, DDPM)
+    is_flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.get("use_flow_sigmas")
+    if not is_ddpm and not is_flow:
+        raise TypeError(
+            "pipe.scheduler: expected a flow-matching scheduler (FlowMatchEulerDiscreteScheduler, or one with "
+            f"use_flow_sigmas), got {type(scheduler).__name__}"
         )
-    scheduler.set_timesteps(num_inference_steps, device="cpu", **options)
-    sigmas = scheduler.sigmas.to(torch.float32)
+    if "sigmas" not in options:
+        options["num_inference_steps"] = num_inference_steps
+    scheduler.set_timesteps(**options, device="cpu")
+    if is_ddpm:
+        sigmas = torch.cat([backbone.process.flow_time(scheduler.timesteps).unique().flip(0), torch.zeros(1)])
+    else:
+        sigmas = scheduler.sigmas.to(torch.float32)
     if not (bool((sigmas.diff() < 0).all()) and sigmas[0] <= 1 and sigmas[-1] == 0):
         raise ValueError(
             "pipe.scheduler: expected noise levels that decrease from at most 1 to 0, "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backbones import Condition, DiffusionBackbone
+from ..rewards.base import RewardModel
 
 
 class ValueEstimator(ABC):
@@ -53,3 +54,13 @@ class ValueEstimator(ABC):
     def check_condition(self, latents: Tensor, condition: Condition) -> None:
         if len(condition) != latents.shape[0]:
             raise ValueError(f"condition: expected {latents.shape[0]} rows, one per latent, got {len(condition)}")
+
+
+def score_images(reward: RewardModel, images: Tensor, prompts: tuple[str, ...]) -> Tensor:
+    """Rewards [B] of images [B, 3, H, W] in [0, 1]; of videos [B, 3, F, H, W] the mean over their frames."""
+    if images.ndim == 4:
+        return reward.score(reward.output(images, pooled_only=True), reward.encode_condition(prompts))
+    frames = images.transpose(1, 2)
+    repeated = tuple(p for p in prompts for _ in range(frames.shape[1]))
+    scores = score_images(reward, frames.flatten(0, 1), repeated)
+    return scores.view(frames.shape[:2]).mean(1)

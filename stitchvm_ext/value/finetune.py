@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from ..backbones import expand_sigma
 from ..rewards.base import RewardModel, RewardOutput
 from .stitched import StitchedValue
 from .targets import DistillationTargets
@@ -156,7 +157,7 @@ def finetune(
         clean, tokens, embeddings = targets.batch(_batch_indices(len(targets), config, step), device)
         sigma = centre_biased_sigmas(len(clean), generator)
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        mix = sigma.view(-1, 1, 1, 1).to(device)
+        mix = expand_sigma(sigma.to(device), clean)
         with torch.no_grad():
             features = value.tokens((1 - mix) * clean + mix * noise, sigma.to(device))
         losses = distillation_loss(teacher, value(features), tokens, embeddings)

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from ..backbones import Condition, backbone_of
-from ..backbones.latents import decode_latents
 from ..rewards.base import RewardModel
-from .base import ValueEstimator
+from .base import ValueEstimator, score_images
 
 
 class MonteCarloValue(ValueEstimator):
@@ -54,7 +53,6 @@ class MonteCarloValue(ValueEstimator):
         steps = max(1, round(self.num_steps * sigma)) if sigma > 0 else 0
         sigmas = [sigma * (1 - k / steps) for k in range(steps)] + [0.0]
         generator = torch.Generator().manual_seed(self.seed)
-        text = self.reward.encode_condition(condition.prompts)
         rewards = []
         for _ in range(self.num_rollouts):
             z = latents.float()
@@ -62,9 +60,8 @@ class MonteCarloValue(ValueEstimator):
                 velocity = self.backbone.guided_velocity(z, now, condition)
                 noise = torch.randn(z.shape, generator=generator).to(z)
                 z = step(z, velocity.float(), now, after, noise)
-            rewards.append(
-                self.reward.score(self.reward.output(decode_latents(self.vae, z).clamp(0, 1), pooled_only=True), text)
-            )
+            images = self.backbone.decode_latents(self.vae, z).clamp(0, 1)
+            rewards.append(score_images(self.reward, images, condition.prompts))
         return torch.stack(rewards)
 
     def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:

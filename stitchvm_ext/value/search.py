@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..backbones import DiffusionBackbone, Encoding, expand_rows
+from ..backbones import DiffusionBackbone, Encoding, expand_rows, expand_sigma
 from ..ops import resample_tokens
 from ..rewards.base import RewardModel
 from .stitch_layer import patchify
@@ -216,8 +216,9 @@ def search_stitch(
             f"images: expected enough for a fit and a held-out part, got {len(images)} with "
             f"held_out_share={held_out_share}"
         )
-    grid = backbone.grid(latents.shape[-2:])
-    patch = latents.shape[-1] // grid[1]
+    depths = list(range(1, backbone.depth + 1))
+    grids = [backbone.grid(latents.shape[-2:], depth) for depth in (0, *depths)]
+    patch = latents.shape[-1] // grids[0][1]
     generator = torch.Generator().manual_seed(seed)
     sigmas = torch.rand(len(latents), generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
@@ -229,12 +230,10 @@ def search_stitch(
     for start in tqdm(starts, desc="stitch search", disable=not progress):
         stop = min(start + batch_size, fit_count if start < fit_count else len(images))
         sigma = sigmas[start:stop].to(latents.device)
-        mix = sigma.view(-1, 1, 1, 1)
+        mix = expand_sigma(sigma, latents)
         noisy = (1 - mix) * latents[start:stop] + mix * noise[start:stop].to(latents)
-        features = [
-            patchify(noisy, patch),
-            *backbone.all_features(noisy, sigma, expand_rows(null_condition, stop - start)),
-        ]
+        found = backbone.features_at(noisy, sigma, expand_rows(null_condition, stop - start), depths)
+        features = [patchify(noisy, patch), *(found[depth] for depth in depths)]
         entering = reward.entering_tokens(images[start:stop].to(reward.device), layers)
         targets = {}
         for j, tokens in entering.items():
@@ -242,7 +241,7 @@ def search_stitch(
             targets[j] = tokens[:, prefix:].to(latents.device)
             if start < fit_count:
                 prefix_sum[j] = prefix_sum[j] + tokens[:, :prefix].double().sum(0)
-        for sums, f in zip(fit if start < fit_count else held_out, features, strict=True):
+        for sums, f, grid in zip(fit if start < fit_count else held_out, features, grids, strict=True):
             sums.add(resample_tokens(f.float(), grid, reward.grid), targets)
 
     candidates = {}

@@ -90,7 +90,12 @@ class StitchLayer(nn.Module):
 
 
 def patchify(latents: Tensor, patch: int) -> Tensor:
-    """Latents [B, C, H, W] as tokens [B, HW/p², C·p²]: what the value model without a backbone (depth 0) reads."""
+    """Latents [B, C, H, W] as tokens [B, HW/p², C·p²]: what the value model without a backbone (depth 0) reads. Video
+    latents [B, C, T, H, W] as [B, T·HW/p², C·p²].
+    """
+    if latents.ndim == 5:
+        frames = patchify(latents.transpose(1, 2).flatten(0, 1), patch)
+        return frames.unflatten(0, (latents.shape[0], latents.shape[2])).flatten(1, 2)
     return F.pixel_unshuffle(latents, patch).flatten(2).transpose(1, 2)
 
 

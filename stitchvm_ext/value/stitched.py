@@ -67,7 +67,7 @@ class StitchedValue(nn.Module, ValueEstimator):
         self.suffix = suffix
         self.depth, self.layer = depth, layer
         self.latent_size = tuple(latent_size)
-        self.grid = backbone.grid(self.latent_size)
+        self.grid = backbone.grid(self.latent_size, depth)
         self.text_options = dict(text_options)
         self.backbone_licence = backbone_licence
         self.details = dict(details or {})
@@ -92,14 +92,24 @@ class StitchedValue(nn.Module, ValueEstimator):
 
     def tokens(self, latents: Tensor, sigma: float | Tensor) -> Tensor:
         """Tokens for the stitch [B, N, C]: backbone features under the null text, or the latent's patches. Features of
-        tokens that the stitch does not read are not defined.
+        tokens that the stitch does not read are not defined. Frames of video latents count as samples: [B·T, N, C].
         """
         self.check_latent_size(latents.shape[-2:])
         if self.depth == 0:
             self.backbone.check_latents(latents, sigma)
-            return patchify(latents, latents.shape[-1] // self.grid[1])
+            return self._by_frame(patchify(latents, latents.shape[-1] // self.grid[1]))
         null = expand_rows(self.null_condition, latents.shape[0])
-        return self.backbone.features(latents, sigma, null, self.depth, rows=self.read_tokens, memory=self.memory)
+        rows = self._rows(latents)
+        return self._by_frame(self.backbone.features(latents, sigma, null, self.depth, rows=rows, memory=self.memory))
+
+    def _rows(self, latents: Tensor) -> Tensor | None:
+        """The tokens that the stitch reads; None if these are all, or if there is more than one frame of them."""
+        return self.read_tokens if latents.ndim == 4 or latents.shape[2] == 1 else None
+
+    def _by_frame(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, T·N, C] as [B·T, N, C]."""
+        per_frame = self.grid[0] * self.grid[1]
+        return tokens if tokens.shape[1] == per_frame else tokens.reshape(-1, per_frame, tokens.shape[-1])
 
     def forward(self, tokens: Tensor, pooled_only: bool = False) -> RewardOutput:
         """Stitch and reward suffix on backbone tokens [B, N, C]: the trainable part, which data parallelism wraps.
@@ -112,12 +122,24 @@ class StitchedValue(nn.Module, ValueEstimator):
         """The suffix's tokens and embedding for noisy latents [B, C, H, W]."""
         return self(self.tokens(latents, sigma))
 
+    def frame_scores(self, output: RewardOutput, condition: Condition) -> Tensor:
+        """Rewards [B, T] of the suffix's output for B·T frames."""
+        frames = len(output.embedding) // len(condition)
+        prompts = tuple(p for p in condition.prompts for _ in range(frames))
+        return self.suffix.score(output, self.suffix.encode_condition(prompts)).view(-1, frames)
+
     def score(self, output: RewardOutput, condition: Condition) -> Tensor:
-        return self.suffix.score(output, self.suffix.encode_condition(condition.prompts))
+        """Rewards [B]: of video latents the mean over frames."""
+        return self.frame_scores(output, condition).mean(1)
 
     def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
         self.check_condition(latents, condition)
         return self.score(self(self.tokens(latents, sigma), pooled_only=True), condition)
+
+    def frame_values(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
+        """V of every latent frame of videos, [B, T]; of images [B, 1]."""
+        self.check_condition(latents, condition)
+        return self.frame_scores(self(self.tokens(latents, sigma), pooled_only=True), condition)
 
     def is_null_text(self, encoding: Encoding | None) -> bool:
         """Whether a branch with this encoding runs the very prefix that the value needs: its null text in every row."""
@@ -136,12 +158,12 @@ class StitchedValue(nn.Module, ValueEstimator):
         # Both branches on the same blocks: their rounding errors then cancel in the difference that guidance amplifies.
         with self.backbone.fused(), torch.inference_mode(False), torch.enable_grad():
             uncond, tokens, leaf = self.backbone.velocity_and_features(
-                latents, sigma, null, self.depth, rows=self.read_tokens, memory=self.memory
+                latents, sigma, null, self.depth, rows=self._rows(latents), memory=self.memory
             )
             # Two backward passes: on a GPU the suffix runs beside the conditional branch, on a stream of its own.
             with side_stream(tokens.device) as join:
                 entering = tokens.detach().requires_grad_()
-                value = self.score(self(entering, pooled_only=True), condition)
+                value = self.score(self(self._by_frame(entering), pooled_only=True), condition)
                 (token_grad,) = torch.autograd.grad(value.sum(), entering)
             with torch.no_grad():
                 cond = self.backbone.velocity(latents, sigma, condition.cond)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backbones import Condition, backbone_of
-from ..backbones.latents import decode_latents
+from ..backbones import Condition, backbone_of, expand_sigma
 from ..rewards.base import RewardModel
-from .base import ValueEstimator
+from .base import ValueEstimator, score_images
 
 
 class TweedieValue(ValueEstimator):
@@ -29,11 +28,8 @@ class TweedieValue(ValueEstimator):
 
     def score_velocity(self, latents: Tensor, sigma: Tensor, velocity: Tensor, condition: Condition) -> Tensor:
         """The reward [B] of the posterior mean that a velocity at ``latents`` implies."""
-        clean = latents.float() - sigma.view(-1, 1, 1, 1) * velocity.float()
-        images = decode_latents(self.vae, clean)
-        return self.reward.score(
-            self.reward.output(images, pooled_only=True), self.reward.encode_condition(condition.prompts)
-        )
+        clean = latents.float() - expand_sigma(sigma, latents) * velocity.float()
+        return score_images(self.reward, self.backbone.decode_latents(self.vae, clean), condition.prompts)
 
     def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
         self.check_condition(latents, condition)

@@ -35,7 +35,7 @@ def test_velocity_is_the_plain_one(backbone, fused):
     z, texts = latents(), encoding()
     expected = {sigma: backbone.velocity(z, sigma, texts) for sigma in SIGMAS[:-1]}
     if fused:
-        fuse(backbone.transformer)
+        fuse(backbone.denoiser)
     with precompute_conditioning(backbone, SIGMAS, texts["pooled_prompt_embeds"]) as table:
         for sigma in SIGMAS[:-1]:
             torch.testing.assert_close(backbone.velocity(z, sigma, texts), expected[sigma], **CLOSE)
@@ -45,7 +45,7 @@ def test_velocity_is_the_plain_one(backbone, fused):
         torch.testing.assert_close(mixed[0], expected[0.25][1], **CLOSE)
         torch.testing.assert_close(mixed[1], expected[0.75][0], **CLOSE)
         assert table.nbytes == sum(4 * 2 * 4 * layer.table.shape[1] for layer in table.tables)
-    unfuse(backbone.transformer)
+    unfuse(backbone.denoiser)
     torch.testing.assert_close(backbone.velocity(z, 0.4, texts), backbone.velocity(z, 0.4, texts))
 
 
@@ -66,13 +66,13 @@ def test_features_and_their_gradient_use_the_table(backbone):
 @torch.no_grad()
 def test_release_takes_the_weights_out_and_remove_puts_them_back(backbone):
     texts = encoding()
-    before = {name: p.clone() for name, p in backbone.transformer.state_dict().items()}
+    before = {name: p.clone() for name, p in backbone.denoiser.state_dict().items()}
     table = precompute_conditioning(backbone, SIGMAS, texts["pooled_prompt_embeds"], release=True)
-    left = sum(p.nbytes for p in backbone.transformer.parameters())
+    left = sum(p.nbytes for p in backbone.denoiser.parameters())
     assert left + table.replaced_bytes == sum(p.nbytes for p in tiny_transformer().parameters())
     table.remove()
     table.remove()
-    after = backbone.transformer.state_dict()
+    after = backbone.denoiser.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], p) for name, p in before.items())
 
 

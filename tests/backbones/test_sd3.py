@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stitchvm_ext.backbones import Condition, backbone_of, expand_rows
-from stitchvm_ext.backbones.base import blocks_of
+from stitchvm_ext.backbones.truncate import blocks_of
 from stitchvm_ext.playground import models
 from tests import tiny
 
@@ -30,28 +30,28 @@ def assert_rounded(got, expected):
 
 def test_shell_shares_parameters_and_copies_none(backbone):
     shell = backbone.truncated(2)
-    assert {id(p) for p in shell.parameters()} <= {id(p) for p in backbone.transformer.parameters()}
+    assert {id(p) for p in shell.parameters()} <= {id(p) for p in backbone.denoiser.parameters()}
     assert len(shell.transformer_blocks) == 2
-    assert len(backbone.transformer.transformer_blocks) == backbone.depth == 4
+    assert len(backbone.denoiser.transformer_blocks) == backbone.depth == 4
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_features_equal_the_blocks_own_output(backbone, null, depth):
     with torch.no_grad():
         features = backbone.features(LATENTS, SIGMA, null, depth)
-        every = backbone.all_features(LATENTS, SIGMA, null)
+        every = list(backbone.features_at(LATENTS, SIGMA, null, [1, 2, 3, 4]).values())
     assert_rounded(features, every[depth - 1])
-    assert features.shape == (2, 64, backbone.width)
+    assert features.shape == (2, 64, backbone.width())
 
 
 def test_token_order_is_row_major():
     """With one block and no mixing yet (depth 0 of a shell), the gradient of token (1, 3) lies on latent patch (1,
     3).
     """
-    from stitchvm_ext.backbones.base import truncate
+    from stitchvm_ext.backbones.truncate import truncate
 
     backbone = backbone_of(tiny.tiny_pipeline())
-    shell = truncate(backbone.transformer, 0)
+    shell = truncate(backbone.denoiser, 0)
     null = expand_rows(backbone.null_condition(tiny.tiny_pipeline(), max_sequence_length=0), 1)
     leaf = LATENTS[:1].clone().requires_grad_()
     shell(**backbone.inputs(leaf, SIGMA[:1], null), return_dict=False)
@@ -93,7 +93,7 @@ def test_tokens_that_are_read_are_all_that_is_computed(backbone, null):
 
 def test_shared_prefix_leaves_no_hook_behind(backbone, null):
     backbone.velocity_and_features(LATENTS, SIGMA, null, 2)
-    assert all(not block._forward_hooks for block in blocks_of(backbone.transformer))
+    assert all(not block._forward_hooks for block in blocks_of(backbone.denoiser))
 
 
 def test_gradient_mode_is_restored_after_an_error(backbone, null):
@@ -159,7 +159,7 @@ def test_integer_latents_are_a_type_error(backbone, null):
 
 
 def test_a_compiled_transformer_is_left_as_it_is(backbone):
-    transformer = copy.deepcopy(backbone.transformer)
+    transformer = copy.deepcopy(backbone.denoiser)
     transformer.compile(backend="eager")
     with backbone_of(transformer).fused():
         assert not any("forward" in block.__dict__ for block in transformer.transformer_blocks)

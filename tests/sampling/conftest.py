@@ -24,7 +24,7 @@ def stitched(pipe, reward):
     """A stitched value with a random stitch at depth 2 of 4: sampling does not care whether it was trained."""
     backbone = backbone_of(pipe)
     torch.manual_seed(0)
-    stitch = StitchLayer(backbone.width, reward.width, reward.grid)
+    stitch = StitchLayer(backbone.width(), reward.width, reward.grid)
     null = backbone.null_condition(pipe, **TEXT)
     return (
         StitchedValue(

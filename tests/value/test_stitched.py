@@ -73,7 +73,7 @@ def test_gradient_against_finite_differences_in_double(make_value, condition, la
 
     value = make_value(depth, layer)
     value = copy.deepcopy(value).double()
-    object.__setattr__(value, "backbone", backbone_of(copy.deepcopy(value.backbone.transformer).double()))
+    object.__setattr__(value, "backbone", backbone_of(copy.deepcopy(value.backbone.denoiser).double()))
     z = latents.double()
     _, grad = value.value_and_grad(z, 0.5, condition)
     direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -119,7 +119,7 @@ def count_block_rows(transformer, call):
 
 def test_shared_guidance_runs_the_transformer_as_often_as_plain_cfg(make_value, latents, condition):
     value = make_value(depth=2)
-    transformer = value.backbone.transformer
+    transformer = value.backbone.denoiser
     with torch.no_grad():
         plain = count_block_rows(transformer, lambda: value.backbone.guided_velocity(latents, 0.6, condition))
     guided = count_block_rows(transformer, lambda: value.denoise_with_value(latents, 0.6, condition))
@@ -131,7 +131,7 @@ def test_another_negative_prompt_runs_its_own_prefix(make_value, pipe, latents, 
     uncond = value.backbone.encode_text(pipe, ["a blue ring"] * 2, max_sequence_length=0)
     other = type(condition)(condition.prompts, condition.cond, uncond, guidance_scale=3.0)
     assert not value.can_share(other)
-    rows = count_block_rows(value.backbone.transformer, lambda: value.denoise_with_value(latents, 0.6, other))
+    rows = count_block_rows(value.backbone.denoiser, lambda: value.denoise_with_value(latents, 0.6, other))
     assert rows == [6, 6, 4, 4]
     _, v, grad = value.denoise_with_value(latents, 0.6, other)
     plain_v, plain_grad = value.value_and_grad(latents, 0.6, condition)
@@ -157,7 +157,7 @@ def test_works_inside_inference_mode(make_value, latents, condition):
 
 def test_parameters_are_stitch_and_suffix_alone(make_value):
     value = make_value(depth=2)
-    backbone = {id(p) for p in value.backbone.transformer.parameters()}
+    backbone = {id(p) for p in value.backbone.denoiser.parameters()}
     assert not backbone & {id(p) for p in value.parameters()}
     assert not any("transformer_blocks" in name for name in value.state_dict())
 

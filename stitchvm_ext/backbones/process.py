@@ -1,0 +1,133 @@
+"""Forward processes: how a model noises latents, seen through the rectified flow ``z_t = (1-t) z_0 + t eps``.
+
+Everything outside the backbones speaks of flow times t in [0, 1] and of velocities ``u = eps - z_0``. A model of another
+kind is the same model in other coordinates: a variance-preserving latent ``alpha z_0 + sigma eps`` is the flow latent
+of ``t = sigma / (alpha + sigma)``, times ``alpha + sigma``. Euler steps of the flow are then DDIM steps of the model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+def expand_sigma(sigma: Tensor, latents: Tensor) -> Tensor:
+    """Noise levels [B] shaped to broadcast against latents [B, ...]."""
+    return sigma.view(-1, *[1] * (latents.ndim - 1))
+
+
+class ForwardProcess(ABC):
+    """Between flow coordinates and a model's own. Sigma is a float32 tensor [B] of flow times; latents are [B, ...]."""
+
+    @abstractmethod
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """What the model takes as time, float32 [B]."""
+
+    def model_latents(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        """Flow latents as the model has them."""
+        return latents
+
+    def flow_latents(self, model_latents: Tensor, sigma: Tensor) -> Tensor:
+        """The inverse of :meth:`model_latents`."""
+        return model_latents
+
+    def velocity(self, output: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
+        """``u_t(z_t)`` of flow latents z_t from the model's output there."""
+        return output
+
+
+class RectifiedFlow(ForwardProcess):
+    """The model is a rectified flow already; it takes ``scale * t`` as time."""
+
+    def __init__(self, scale: float = 1000.0):
+        self.scale = scale
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return sigma * self.scale
+
+
+class ReversedFlow(ForwardProcess):
+    """A flow whose time runs from noise (0) to data (1), and whose velocity points to the data (Lumina)."""
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return 1 - sigma
+
+    def velocity(self, output: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
+        return -output
+
+
+class DDPM(ForwardProcess):
+    """Discrete variance-preserving diffusion, ``z_k = sqrt(a_k) z_0 + sqrt(1 - a_k) eps`` (Ho et al. 2020).
+
+    Flow times between those of two timesteps get a fractional timestep, linear in ``log(sigma / alpha)``. Times beyond
+    the noisiest timestep (t = 0.94 for Stable Diffusion's schedule) are taken as that one: the model knows no other.
+
+    Args:
+        alphas_cumprod: a_k, [K], decreasing.
+        prediction_type: what the model's output is: "epsilon", "v_prediction" or "sample".
+    """
+
+    def __init__(self, alphas_cumprod: Tensor, prediction_type: str = "epsilon"):
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type: expected one of {list(PREDICTION_TYPES)}, got {prediction_type!r}")
+        a = alphas_cumprod.double().cpu()
+        self.prediction_type = prediction_type
+        self.times = ((1 - a).sqrt() / (a.sqrt() + (1 - a).sqrt())).float()  # [K], increasing
+        self.max_sigma = float(self.times[-1])
+
+    @classmethod
+    def from_scheduler(cls, scheduler) -> DDPM:
+        """The process that a pipeline's scheduler was built for."""
+        if getattr(scheduler, "alphas_cumprod", None) is None:
+            raise ValueError(
+                f"pipe.scheduler: expected one with alphas_cumprod (DDIM, Euler, DPM-Solver …), "
+                f"got {type(scheduler).__name__}"
+            )
+        return cls(scheduler.alphas_cumprod, scheduler.config.get("prediction_type", "epsilon"))
+
+    def flow_time(self, timestep: Tensor) -> Tensor:
+        """Flow times, float32, of timesteps in [0, K-1]: the inverse of :meth:`timestep`."""
+        k = timestep.double().clamp(0, len(self.times) - 1)
+        low = k.floor().long().clamp(max=len(self.times) - 2)
+        log_ratios = _logit(self.times.double()).to(k.device)
+        between = torch.lerp(log_ratios[low], log_ratios[low + 1], k - low)
+        return torch.sigmoid(between).float()
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        times = self.times.to(sigma.device)
+        t = sigma.float().clamp(times[0], times[-1])
+        high = torch.searchsorted(times, t.contiguous()).clamp(1, len(times) - 1)
+        low_ratio, high_ratio = _logit(times[high - 1].double()), _logit(times[high].double())
+        share = (_logit(t.double()) - low_ratio) / (high_ratio - low_ratio)
+        return (high - 1 + share).float()
+
+    def _scale(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        t = expand_sigma(sigma, latents)
+        return 1 / (t.square() + (1 - t).square()).sqrt()
+
+    def model_latents(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        return latents * self._scale(latents, sigma).to(latents.dtype)
+
+    def flow_latents(self, model_latents: Tensor, sigma: Tensor) -> Tensor:
+        return model_latents / self._scale(model_latents, sigma).to(model_latents.dtype)
+
+    def velocity(self, output: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
+        t = expand_sigma(sigma, latents).clamp(max=self.max_sigma)
+        z, output = latents.float(), output.float()
+        if self.prediction_type == "sample":
+            return (z - output) / t
+        if self.prediction_type == "epsilon":
+            return (output - z) / (1 - t)
+        scale = (
+            1 / (t.square() + (1 - t).square()).sqrt()
+        )  # v = alpha eps - sigma z_0 with alpha, sigma = (1-t, t) scale
+        return (2 * t - 1) * scale.square() * z + scale * output
+
+
+def _logit(t: Tensor) -> Tensor:
+    """``log(sigma / alpha)`` of a flow time."""
+    return torch.log(t / (1 - t))
