@@ -1,8 +1,9 @@
 """Forward processes: how a model noises latents, seen through the rectified flow ``z_t = (1-t) z_0 + t eps``.
 
-Everything outside the backbones speaks of flow times t in [0, 1] and of velocities ``u = eps - z_0``. A model of another
-kind is the same model in other coordinates: a variance-preserving latent ``alpha z_0 + sigma eps`` is the flow latent
-of ``t = sigma / (alpha + sigma)``, times ``alpha + sigma``. Euler steps of the flow are then DDIM steps of the model.
+Everything outside the backbones speaks of flow times t in [0, 1] and of velocities ``u = eps - z_0``. A model of
+another kind is the same model in other coordinates: a variance-preserving latent ``alpha z_0 + sigma eps`` is the flow
+latent of ``t = sigma / (alpha + sigma)``, times ``alpha + sigma``. Euler steps of the flow are then DDIM steps of the
+model.
 """
 
 from __future__ import annotations
@@ -122,9 +123,8 @@ class DDPM(ForwardProcess):
             return (z - output) / t
         if self.prediction_type == "epsilon":
             return (output - z) / (1 - t)
-        scale = (
-            1 / (t.square() + (1 - t).square()).sqrt()
-        )  # v = alpha eps - sigma z_0 with alpha, sigma = (1-t, t) scale
+        # v = alpha eps - sigma z_0 with (alpha, sigma) = (1 - t, t) * scale
+        scale = 1 / (t.square() + (1 - t).square()).sqrt()
         return (2 * t - 1) * scale.square() * z + scale * output
 
 

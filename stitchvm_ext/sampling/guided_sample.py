@@ -86,8 +86,8 @@ def guided_sample(
 
     The pipeline's own text encoders, noise levels, classifier-free guidance and autoencoder are used; with
     ``value=None`` or ``strength=0``, and ``transition="ode"``, the result is the pipeline's own with a first-order
-    solver (Euler on flows, DDIM on DDPM models down to noise level 0), to float rounding. A sample does not depend on the samples beside it: texts are encoded one by one, norms are per sample, and every
-    sample has its own generator.
+    solver (Euler on flows, DDIM on DDPM models, down to noise level 0), to float rounding. A sample does not depend on
+    the samples beside it: texts are encoded one by one, norms are per sample, and every sample has its own generator.
 
     Args:
         pipe: a diffusers pipeline whose transformer or U-Net has a backbone adapter.

@@ -164,7 +164,7 @@ def test_bad_input(pipe, stitched, call):
     apply_value_guidance(transformer, stitched, PROMPTS, guidance_scale=3.0)
     with pytest.raises(ValueError, match="guided already"):
         apply_value_guidance(transformer, stitched, PROMPTS)
-    with pytest.raises(ValueError, match="pipe: its transformer is guided by apply_value_guidance"):
+    with pytest.raises(ValueError, match="pipe: its denoiser is guided by apply_value_guidance"):
         guided_sample(pipe, stitched, PROMPTS)
     with pytest.raises(ValueError, match="guidance_scale: .*without classifier-free guidance"):
         call(guidance_scale=1.0)
