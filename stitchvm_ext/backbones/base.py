@@ -21,14 +21,6 @@ from .process import ForwardProcess, RectifiedFlow
 from .truncate import blocks_of, truncate
 
 
-def _sample_weights(block: nn.Module, count: int = 8) -> list[float]:
-    """A few entries of the block's first matrix: enough to tell two trainings apart, stable under rounding to
-    bfloat16.
-    """
-    matrix = next(p for p in block.parameters() if p.ndim >= 2)
-    return [round(v, 6) for v in matrix.detach().flatten()[:: max(1, matrix.numel() // count)][:count].float().tolist()]
-
-
 class DiffusionBackbone:
     """A frozen diffusion model seen as a stack of blocks over image tokens.
 
@@ -156,34 +148,6 @@ class DiffusionBackbone:
         """D(z_0): float32 images [B, 3, H, W], of video models frames [B, 3, F, H, W]; differentiable, not clamped."""
         images = autoencoder.decode_latents(vae, latents)
         return images if self.is_video or images.ndim == 4 else images.squeeze(2)
-
-    # -- identity ------------------------------------------------------------------------------------------------------
-
-    def fingerprint(self, depth: int) -> dict[str, Any]:
-        """What a saved value model remembers of the backbone: its class, width and depth, and a few weights of each
-        kept block.
-        """
-        return {
-            "class": type(self.denoiser).__name__,
-            "width": self.width(max(depth, 1)),
-            "depth": self.depth,
-            "latent_channels": self.latent_channels,
-            "weights": [_sample_weights(block) for block in self.blocks[:depth]],
-        }
-
-    def check_fingerprint(self, expected: dict[str, Any], depth: int) -> None:
-        """Raises ValueError unless this backbone is the one that ``expected`` was taken from, whatever its dtype."""
-        got = self.fingerprint(depth)
-        for name in ("class", "width", "depth", "latent_channels"):
-            if got[name] != expected[name]:
-                raise ValueError(
-                    f"pipe: the value model was made for a backbone with {name} {expected[name]}, got {got[name]}"
-                )
-        for number, (mine, theirs) in enumerate(zip(got["weights"], expected["weights"], strict=True), 1):
-            if not torch.allclose(torch.tensor(mine), torch.tensor(theirs), rtol=2**-6, atol=1e-4):
-                raise ValueError(
-                    f"pipe: the value model was made for other backbone weights; they differ in block {number}"
-                )
 
     # -- written once --------------------------------------------------------------------------------------------------
 

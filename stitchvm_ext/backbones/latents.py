@@ -24,6 +24,12 @@ def _statistics(vae, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
     return float(config.get("shift_factor") or 0.0), 1 / scale
 
 
+def normalisation(vae) -> list[float]:
+    """The numbers by which raw latents are normalised: mean and deviation, one each or per channel."""
+    channels = torch.zeros(1, vae.bn.num_features if hasattr(vae, "bn") else len(vae.config.get("latents_mean") or [0]))
+    return [float(v) for part in _statistics(vae, channels) for v in torch.as_tensor(part).flatten()]
+
+
 @torch.no_grad()
 def encode_images(vae, images: Tensor) -> Tensor:
     """z_0 = E(x_0): the posterior mode, float32, shifted and scaled.

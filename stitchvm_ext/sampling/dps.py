@@ -32,8 +32,8 @@ def sample_dps(
     Steps that are not guided evaluate the denoiser alone.
 
     Args:
-        backbone: yields the velocity of steps without value guidance.
-        value: the estimator to climb; None for plain sampling.
+        backbone: yields the velocity.
+        value: the estimator to climb, on this backbone or one of the same latent space; None for plain sampling.
         latents: z [B, C, H, W] at noise level ``sigmas[0]``.
         sigmas: [T+1] decreasing noise levels.
         condition: one row per latent.
@@ -49,13 +49,16 @@ def sample_dps(
     """
     latents = latents.detach().float()
     values = latents.new_full((len(sigmas) - 1, len(latents)), float("nan"))
+    shares_backbone = value is not None and value.backbone.denoiser is backbone.denoiser
     for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas.tolist())):
         guided = value is not None and guidance.is_active(step, sigma)
-        if guided:
+        if guided and shares_backbone:
             cond, uncond, values[step], grad = value.branches_with_value(latents, sigma, condition)
         else:
             with torch.no_grad():
                 cond, uncond = backbone.branches(latents, sigma, condition)
+        if guided and not shares_backbone:
+            values[step], grad = value.value_and_grad(latents, sigma, condition)
         eps = noise() if noise else None
         if isinstance(transition, ReverseSDE):
             latents_coef, velocity_coef, noise_coef = transition.coefficients(sigma, sigma_next)

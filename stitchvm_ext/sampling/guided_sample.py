@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..backbones import Condition, DiffusionBackbone, Encoding, backbone_of, stack_rows
 from ..backbones.base import frozen
+from ..backbones.identity import check_latent_space, latent_space
 from ..fused.step_graph import StepGraph
+from ..value import StitchedValue
 from ..value.base import ValueEstimator
 from .checks import as_prompts, check_count, check_guidance_scale
 from .dps import sample_dps
@@ -91,7 +93,8 @@ def guided_sample(
 
     Args:
         pipe: a diffusers pipeline whose transformer or U-Net has a backbone adapter.
-        value: any estimator on this pipeline's denoiser; None samples without guidance.
+        value: any estimator on this pipeline's denoiser; None samples without guidance. A stitched value may also be
+            one on another backbone with the same latent space (SD 3.5 Medium's for Large), which runs beside it.
         prompt: P texts; B = P * num_images_per_prompt samples, those of one prompt next to each other.
         negative_prompt: one text for all or one per prompt. With "" (the null text) a stitched value shares its
             backbone prefix with the unconditional branch.
@@ -132,7 +135,7 @@ def guided_sample(
     prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
     negatives = [p for p in negatives for _ in range(num_images_per_prompt)]
     shape = _latent_shape(pipe, backbone, len(prompts), height, width, num_frames, latents)
-    _check_value(value, backbone, shape)
+    _check_value(value, pipe, backbone, shape)
     if is_guided(backbone.denoiser):
         raise ValueError(
             "pipe: its denoiser is guided by apply_value_guidance; call remove_value_guidance(transformer) first"
@@ -326,24 +329,28 @@ def _latent_shape(pipe, backbone: DiffusionBackbone, count: int, height, width, 
     return shape
 
 
-def _check_value(value, backbone: DiffusionBackbone, shape: tuple[int, ...]) -> None:
+def _check_value(value, pipe, backbone: DiffusionBackbone, shape: tuple[int, ...]) -> None:
     if value is None:
         return
     if not isinstance(value, ValueEstimator):
         raise TypeError(f"value: expected a ValueEstimator or None, got {type(value).__name__}")
-    theirs = value.backbone.denoiser
-    if theirs is not backbone.denoiser:
-        raise ValueError(
-            "value: expected an estimator on this pipeline's own denoiser, got one on another "
-            f"{type(theirs).__name__}; build or load it with this pipeline"
-        )
+    if value.backbone.denoiser is not backbone.denoiser:
+        if not isinstance(value, StitchedValue):
+            raise ValueError(
+                "value: expected a StitchedValue, or an estimator on this pipeline's own denoiser, got "
+                f"{type(value).__name__} on another {type(value.backbone.denoiser).__name__}"
+            )
+        if value.prompt_conditioned:
+            raise ValueError("value: a prompt-conditioned value reads the text encoding of its own pipeline only")
+        check_latent_space(value.latent_space, latent_space(backbone, pipe))
     if hasattr(value, "check_latent_size"):
         value.check_latent_size(shape[-2:])
 
 
 def _text_options(backbone: DiffusionBackbone, value, max_sequence_length) -> dict:
     if max_sequence_length is None:
-        return dict(getattr(value, "text_options", None) or {})
+        own = value is not None and value.backbone.denoiser is backbone.denoiser
+        return dict(getattr(value, "text_options", {}) if own else {})
     if isinstance(max_sequence_length, bool) or not isinstance(max_sequence_length, int):
         raise TypeError(f"max_sequence_length: expected an integer, got {type(max_sequence_length).__name__}")
     if "max_sequence_length" not in backbone.text_options:

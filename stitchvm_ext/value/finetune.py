@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..backbones import expand_sigma
+from ..backbones.identity import fingerprint
 from ..rewards.base import RewardModel, RewardOutput
 from .stitched import StitchedValue
 from .targets import DistillationTargets
@@ -146,7 +147,7 @@ def finetune(
         "depth": value.depth,
         "layer": value.layer,
         "targets": targets.digest,
-        "backbone": hashlib.sha256(json.dumps(value.backbone.fingerprint(value.depth)).encode()).hexdigest(),
+        "backbone": hashlib.sha256(json.dumps(fingerprint(value.backbone, value.depth)).encode()).hexdigest(),
     }
     start, history = _load_state(state_path, value, optimizer, run)
     stop = min(total, stop_at or total)

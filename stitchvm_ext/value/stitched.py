@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import Condition, DiffusionBackbone, Encoding, backbone_of, expand_rows, is_same_encoding
+from ..backbones.identity import check_fingerprint, fingerprint
 from ..rewards import reward_suffix_from_description
 from ..rewards.base import RewardModel, RewardOutput
 from .base import ValueEstimator
-from .model_card import model_card
+from .folder import FORMAT_VERSION, find_folder, read_folder, upload_folder, write_folder
 from .side_stream import side_stream
 from .stitch_layer import StitchLayer, patchify
-
-FORMAT_VERSION = 1
 
 
 class StitchedValue(nn.Module, ValueEstimator):
@@ -35,6 +34,10 @@ class StitchedValue(nn.Module, ValueEstimator):
         latent_size: (H, W) of the latents it is made for.
         null_condition: one row, the backbone's encoding of the empty prompt.
         text_options: what ``null_condition`` was encoded with (for SD3 ``max_sequence_length``).
+        prompt_conditioned: the backbone reads the sample's own prompt instead of the null text, for values that were
+            trained so (``FinetuneConfig.prompt_share``). The prefix is then shared with the conditional branch, which
+            is the only one where guidance is distilled (FLUX).
+        latent_space: by which another backbone of the same space is known, see :mod:`backbones.identity`.
         backbone_licence: of the backbone's weights, for the model card.
         details: what else the model card should tell (search losses, training settings).
 
@@ -56,6 +59,8 @@ class StitchedValue(nn.Module, ValueEstimator):
         latent_size: tuple[int, int],
         null_condition: Encoding,
         text_options: dict[str, Any],
+        prompt_conditioned: bool = False,
+        latent_space: dict[str, Any] | None = None,
         backbone_licence: str | None = None,
         details: dict[str, Any] | None = None,
     ):
@@ -69,6 +74,7 @@ class StitchedValue(nn.Module, ValueEstimator):
         self.latent_size = tuple(latent_size)
         self.grid = backbone.grid(self.latent_size, depth)
         self.text_options = dict(text_options)
+        self.prompt_conditioned, self.latent_space = prompt_conditioned, latent_space
         self.backbone_licence = backbone_licence
         self.details = dict(details or {})
         # The tokens that the stitch reads: the prefix computes no others in its last block.
@@ -90,17 +96,27 @@ class StitchedValue(nn.Module, ValueEstimator):
                 f"latents: this value model was made for latents of {self.latent_size}, got {tuple(latent_size)}"
             )
 
-    def tokens(self, latents: Tensor, sigma: float | Tensor) -> Tensor:
-        """Tokens for the stitch [B, N, C]: backbone features under the null text, or the latent's patches. Features of
-        tokens that the stitch does not read are not defined. Frames of video latents count as samples: [B·T, N, C].
+    def tokens(self, latents: Tensor, sigma: float | Tensor, encoding: Encoding | None = None) -> Tensor:
+        """Tokens for the stitch [B, N, C]: backbone features, or the latent's patches. Features of tokens that the
+        stitch does not read are not defined. Frames of video latents count as samples: [B·T, N, C].
+
+        Args:
+            encoding: what the backbone reads, one row per latent; None for the null text.
         """
         self.check_latent_size(latents.shape[-2:])
         if self.depth == 0:
             self.backbone.check_latents(latents, sigma)
             return self._by_frame(patchify(latents, latents.shape[-1] // self.grid[1]))
-        null = expand_rows(self.null_condition, latents.shape[0])
+        if encoding is None:
+            encoding = expand_rows(self.null_condition, latents.shape[0])
         rows = self._rows(latents)
-        return self._by_frame(self.backbone.features(latents, sigma, null, self.depth, rows=rows, memory=self.memory))
+        return self._by_frame(
+            self.backbone.features(latents, sigma, encoding, self.depth, rows=rows, memory=self.memory)
+        )
+
+    def text_of(self, condition: Condition) -> Encoding | None:
+        """What the backbone reads for samples of this condition: their prompts, or None for the null text."""
+        return condition.cond if self.prompt_conditioned else None
 
     def _rows(self, latents: Tensor) -> Tensor | None:
         """The tokens that the stitch reads; None if these are all, or if there is more than one frame of them."""
@@ -134,57 +150,69 @@ class StitchedValue(nn.Module, ValueEstimator):
 
     def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
         self.check_condition(latents, condition)
-        return self.score(self(self.tokens(latents, sigma), pooled_only=True), condition)
+        tokens = self.tokens(latents, sigma, self.text_of(condition))
+        return self.score(self(tokens, pooled_only=True), condition)
 
     def frame_values(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
         """V of every latent frame of videos, [B, T]; of images [B, 1]."""
         self.check_condition(latents, condition)
-        return self.frame_scores(self(self.tokens(latents, sigma), pooled_only=True), condition)
+        tokens = self.tokens(latents, sigma, self.text_of(condition))
+        return self.frame_scores(self(tokens, pooled_only=True), condition)
 
     def is_null_text(self, encoding: Encoding | None) -> bool:
         """Whether a branch with this encoding runs the very prefix that the value needs: its null text in every row."""
         return self.depth > 0 and encoding is not None and is_same_encoding(encoding, self.null_condition)
 
     def can_share(self, condition: Condition) -> bool:
-        """Whether guidance's unconditional branch serves the value too."""
+        """Whether one of the denoiser's branches serves the value too: the unconditional one of guidance under the null
+        text, the conditional one for a prompt-conditioned value.
+        """
+        if self.prompt_conditioned:
+            return self.depth > 0
         return condition.guidance_scale > 1 and self.is_null_text(condition.uncond)
 
     def shared_branches(
         self, latents: Tensor, sigma: float | Tensor, condition: Condition
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Conditional and unconditional velocity, V and its gradient, at the transformer cost of plain CFG."""
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Conditional and unconditional velocity, V and its gradient, at the denoiser's cost of plain sampling."""
         self.check_latent_size(latents.shape[-2:])
-        null = expand_rows(self.null_condition, latents.shape[0])
+        shared, other = expand_rows(self.null_condition, latents.shape[0]), condition.cond
+        if self.prompt_conditioned:
+            shared, other = condition.cond, condition.uncond if condition.guidance_scale > 1 else None
         # Both branches on the same blocks: their rounding errors then cancel in the difference that guidance amplifies.
         with self.backbone.fused(), torch.inference_mode(False), torch.enable_grad():
-            uncond, tokens, leaf = self.backbone.velocity_and_features(
-                latents, sigma, null, self.depth, rows=self._rows(latents), memory=self.memory
+            shared_velocity, tokens, leaf = self.backbone.velocity_and_features(
+                latents, sigma, shared, self.depth, rows=self._rows(latents), memory=self.memory
             )
-            # Two backward passes: on a GPU the suffix runs beside the conditional branch, on a stream of its own.
+            # Two backward passes: on a GPU the suffix runs beside the other branch, on a stream of its own.
             with side_stream(tokens.device) as join:
                 entering = tokens.detach().requires_grad_()
                 value = self.score(self(self._by_frame(entering), pooled_only=True), condition)
                 (token_grad,) = torch.autograd.grad(value.sum(), entering)
             with torch.no_grad():
-                cond = self.backbone.velocity(latents, sigma, condition.cond)
+                other_velocity = None if other is None else self.backbone.velocity(latents, sigma, other)
             join(value, token_grad)
             (grad,) = torch.autograd.grad(tokens, leaf, token_grad)
+        cond, uncond = other_velocity, shared_velocity
+        if self.prompt_conditioned:
+            cond, uncond = shared_velocity, other_velocity
         return cond, uncond, value.detach(), grad.float()
 
     def branches_with_value(
         self, latents: Tensor, sigma: float | Tensor, condition: Condition
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """As the base class says; with an empty negative prompt the unconditional branch's prefix serves the value too.
+        """As the base class says; with an empty negative prompt the unconditional branch's prefix serves the value too,
+        and the conditional one's serves a prompt-conditioned value always.
 
-        The transformer then runs exactly as often as for plain classifier-free guidance; what guidance adds is the
-        stitch, the suffix, and a backward pass through ``depth`` blocks.
+        The denoiser then runs exactly as often as for plain sampling; what guidance adds is the stitch, the suffix, and
+        a backward pass through ``depth`` blocks.
         """
         self.check_condition(latents, condition)
         if not self.can_share(condition):
             return super().branches_with_value(latents, sigma, condition)
         return self.shared_branches(latents, sigma, condition)
 
-    # -- folders -------------------------------------------------------------------------------------------------------
+    # -- folders -----------------------------------------------------------------------------------------------------
 
     def config(self) -> dict[str, Any]:
         """What :meth:`save_pretrained` writes as config.json."""
@@ -192,7 +220,9 @@ class StitchedValue(nn.Module, ValueEstimator):
             "format_version": FORMAT_VERSION,
             "depth": self.depth,
             "layer": self.layer,
+            "prompt_conditioned": self.prompt_conditioned,
             "latent_size": list(self.latent_size),
+            "latent_space": self.latent_space,
             "stitch": {
                 "in_width": self.stitch.project.in_features,
                 "out_width": self.stitch.project.out_features,
@@ -200,7 +230,7 @@ class StitchedValue(nn.Module, ValueEstimator):
                 "num_prefix_tokens": 0 if self.stitch.prefix is None else len(self.stitch.prefix),
                 "with_position": self.stitch.position is not None,
             },
-            "backbone": {**self.backbone.fingerprint(self.depth), "licence": self.backbone_licence},
+            "backbone": {**fingerprint(self.backbone, self.depth), "licence": self.backbone_licence},
             "reward": self.suffix.describe(),
             "null_condition": {name: list(row.shape) for name, row in self.null_condition.items()},
             "text_options": self.text_options,
@@ -209,44 +239,50 @@ class StitchedValue(nn.Module, ValueEstimator):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and README.md (the model card) into a folder."""
-        from safetensors.torch import save_file
+        write_folder(Path(folder), self.config(), self.state_dict())
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        save_file(state, folder / "model.safetensors.partial")
-        (folder / "config.json.partial").write_text(json.dumps(self.config(), indent=1))
-        (folder / "README.md.partial").write_text(model_card(self.config()))
-        for name in ("model.safetensors", "README.md", "config.json"):
-            (folder / f"{name}.partial").replace(folder / name)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        commit_message: str = "Upload StitchedValue",
+    ) -> str:
+        """Save into a repository ``owner/name`` of the Hugging Face Hub, made if needed. Returns the commit's address.
+
+        The model inherits the licences of backbone and reward; see that they allow it.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload_folder(Path(folder), repo_id, private=private, token=token, commit_message=commit_message)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, pipe, dtype: torch.dtype = torch.float32) -> StitchedValue:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        pipe,
+        dtype: torch.dtype = torch.float32,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> StitchedValue:
         """Load a saved value model onto the backbone of a pipeline (or a bare transformer), on its device, frozen.
+
+        Args:
+            folder: a local folder, or ``owner/name`` on the Hugging Face Hub.
+            revision, token: of the Hub.
 
         Raises:
             OSError: the folder or one of its files is missing or unreadable.
             ValueError: the value model was made for another backbone.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        try:
-            config = json.loads((folder / "config.json").read_text())
-            state = load_file(folder / "model.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise OSError(
-                f"folder: expected a saved value model (config.json, model.safetensors) in {folder}, got: {error}"
-            ) from error
-        if config.get("format_version") != FORMAT_VERSION:
-            found = config.get("format_version")
-            raise OSError(f"folder: expected format_version {FORMAT_VERSION} in {folder / 'config.json'}, got {found}")
-        reference = config["reward"].get("reference") or {}
-        if reference.get("name", "").startswith("."):  # relative to the value model's own folder
-            reference["name"] = str((folder / reference["name"]).resolve())
+        config, state = read_folder(find_folder(folder, revision, token))
         backbone = backbone_of(pipe)
-        backbone.check_fingerprint(config["backbone"], config["depth"])
+        check_fingerprint(backbone, config["backbone"], config["depth"])
+        missing = [name for name in config["null_condition"] if f"null_{name}" not in state]
+        if missing:
+            raise OSError(f"folder: the weights in {folder} do not fit its config.json: no null text {missing}")
         value = cls(
             backbone,
             StitchLayer(**config["stitch"]),
@@ -254,8 +290,10 @@ class StitchedValue(nn.Module, ValueEstimator):
             depth=config["depth"],
             layer=config["layer"],
             latent_size=tuple(config["latent_size"]),
-            null_condition={name: torch.zeros(shape) for name, shape in config["null_condition"].items()},
+            null_condition={name: state[f"null_{name}"] for name in config["null_condition"]},
             text_options=config["text_options"],
+            prompt_conditioned=config.get("prompt_conditioned", False),
+            latent_space=config.get("latent_space"),
             backbone_licence=config["backbone"]["licence"],
             details=config["details"],
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backbones import backbone_of
+from ..backbones.identity import latent_space
 from ..backbones.latents import encode_images
 from ..rewards.base import RewardModel
 from .finetune import FinetuneConfig, finetune
@@ -68,6 +69,7 @@ def untrained_value(
         latent_size=latent_size,
         null_condition=null_condition,
         text_options=text_options,
+        latent_space=latent_space(backbone, pipe),
         details={"closed-form mse": candidate.mse, "closed-form fraction unexplained": candidate.unexplained},
     )
     return value.to(backbone.device).eval().requires_grad_(False)
