@@ -7,6 +7,7 @@ shared prefix) is written once, here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -232,20 +233,37 @@ class DiffusionBackbone:
                 computes no others, forward and backward, and no text stream.
             memory: what fused blocks keep for the backward, "save" or "recompute".
         """
-        sigma = self.check_latents(latents, sigma)
-        self.check_depth(depth)
-        with frozen(self.denoiser), fused_blocks(*self._prefix(depth, rows, memory, prune=True)):
-            return self.run_prefix(latents, sigma, encoding, depth)
+        return self.features_at(latents, sigma, encoding, [depth], rows=rows, memory=memory)[depth]
 
     def features_at(
-        self, latents: Tensor, sigma: float | Tensor, encoding: Encoding, depths: list[int], *, memory: str = "save"
+        self,
+        latents: Tensor,
+        sigma: float | Tensor,
+        encoding: Encoding,
+        depths: Sequence[int],
+        *,
+        rows: Tensor | None = None,
+        memory: str = "save",
     ) -> dict[int, Tensor]:
-        """Image tokens after each of several blocks, from one pass that ends at the deepest. As :meth:`features`."""
+        """Image tokens after each of several blocks, from one pass that ends at the deepest.
+
+        As :meth:`features`; ``rows`` are those that the caller reads after the deepest block.
+        """
         sigma = self.check_latents(latents, sigma)
+        deepest, found = self._deepest(depths), {}
+        blocks = fused_blocks(*self._prefix(deepest, rows, memory, prune=True))
+        with frozen(self.denoiser), self._taps(set(depths) - {deepest}, latents, found), blocks:
+            found[deepest] = self.run_prefix(latents, sigma, encoding, deepest)
+        return found
+
+    def _deepest(self, depths: Sequence[int]) -> int:
         for depth in depths:
             self.check_depth(depth)
-        deepest = max(depths)
-        found: dict[int, Tensor] = {}
+        return max(depths)
+
+    @contextmanager
+    def _taps(self, depths: set[int], latents: Tensor, found: dict[int, Tensor]) -> Iterator[None]:
+        """Within the ``with``, image tokens after these blocks go into ``found``."""
 
         def keep(depth: int):
             def hook(module, args, output):
@@ -253,14 +271,12 @@ class DiffusionBackbone:
 
             return hook
 
-        handles = [self.blocks[d - 1].register_forward_hook(keep(d)) for d in sorted(set(depths) - {deepest})]
+        handles = [self.blocks[depth - 1].register_forward_hook(keep(depth)) for depth in sorted(depths)]
         try:
-            with frozen(self.denoiser), fused_blocks(*self._prefix(deepest, None, memory, prune=True)):
-                found[deepest] = self.run_prefix(latents, sigma, encoding, deepest)
+            yield
         finally:
             for handle in handles:
                 handle.remove()
-        return found
 
     def fused(self):
         """A context in which every block that the fused ops know runs on them, whoever calls the denoiser.
@@ -318,26 +334,46 @@ class DiffusionBackbone:
             velocity like ``latents`` (detached); tokens [B, N, width] after block ``depth``; the leaf that they are
             differentiable with respect to, a copy of ``latents``.
         """
+        velocity, found, leaf = self.velocity_and_features_at(
+            latents, sigma, encoding, [depth], rows=rows, memory=memory
+        )
+        return velocity, found[depth], leaf
+
+    def velocity_and_features_at(
+        self,
+        latents: Tensor,
+        sigma: float | Tensor,
+        encoding: Encoding,
+        depths: Sequence[int],
+        *,
+        rows: Tensor | None = None,
+        memory: str = "save",
+    ) -> tuple[Tensor, dict[int, Tensor], Tensor]:
+        """:meth:`velocity_and_features` with the tokens after each of several blocks; autograd is on up to the deepest.
+
+        ``rows`` are the tokens that the caller reads after the deepest block.
+        """
         sigma = self.check_latents(latents, sigma)
-        self.check_depth(depth)
-        captured: list[Tensor] = []
+        deepest = self._deepest(depths)
+        found: dict[int, Tensor] = {}
 
         def cut(module, args, output):
-            captured.append(self.image_tokens(output, latents, depth))
+            found[deepest] = self.image_tokens(output, latents, deepest)
             torch.set_grad_enabled(False)
             return _detached(output)
 
         with torch.inference_mode(False):
             leaf = latents.detach().clone().requires_grad_()
-        handle = self.blocks[depth - 1].register_forward_hook(cut)
-        prefix = fused_blocks(*self._prefix(depth, rows, memory, prune=False))
+        handle = self.blocks[deepest - 1].register_forward_hook(cut)
+        taps = self._taps(set(depths) - {deepest}, latents, found)
+        prefix = fused_blocks(*self._prefix(deepest, rows, memory, prune=False))
         try:
-            with frozen(self.denoiser), torch.inference_mode(False), torch.enable_grad(), prefix:
+            with frozen(self.denoiser), torch.inference_mode(False), torch.enable_grad(), taps, prefix:
                 output = self.denoiser(**self.call_inputs(leaf, sigma, encoding), return_dict=False)[0]
         finally:
             handle.remove()
         velocity = self.process.velocity(self.unpack(output.detach(), latents), latents, sigma)
-        return velocity, captured[0], leaf
+        return velocity, found, leaf
 
 
 def shift_for_tokens(config: dict[str, Any], grid: tuple[int, int], max_shift: float) -> float:

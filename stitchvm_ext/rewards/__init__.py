@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 from .base import RewardModel, RewardOutput
+from .classifier import Dinov2Reward
+from .distil import DistilConfig, distil_reward
+from .distilled import DistilledReward
+from .hf_clip import HFClipReward
+from .image_reward import ImageReward
+from .loading import KINDS, RewardKind, load_reward
 from .open_clip import AestheticReward, OpenClipReward
+from .siglip import SiglipReward
+from .sum import RewardSum
+from .timm_classifier import TimmReward
+from .yolos import YolosReward
 
-REGISTRY: dict[str, type[RewardModel]] = {"OpenClipReward": OpenClipReward, "AestheticReward": AestheticReward}
-"""Adapter by the name under which ``describe()`` records it. A new reward is one class and one line here."""
+REGISTRY: dict[str, type[RewardModel]] = {
+    reward.__name__: reward
+    for reward in (
+        AestheticReward,
+        Dinov2Reward,
+        DistilledReward,
+        HFClipReward,
+        ImageReward,
+        OpenClipReward,
+        SiglipReward,
+        TimmReward,
+        YolosReward,
+    )
+}
+"""Adapter by the name under which ``describe()`` records it. A new reward is one class and one name here."""
 
 
 def reward_suffix_from_description(description: dict, layer: int) -> RewardModel:
@@ -24,10 +47,23 @@ def reward_suffix_from_description(description: dict, layer: int) -> RewardModel
 
 
 __all__ = [
+    "KINDS",
     "REGISTRY",
     "AestheticReward",
+    "Dinov2Reward",
+    "DistilConfig",
+    "DistilledReward",
+    "HFClipReward",
+    "ImageReward",
     "OpenClipReward",
+    "RewardKind",
     "RewardModel",
     "RewardOutput",
+    "RewardSum",
+    "SiglipReward",
+    "TimmReward",
+    "YolosReward",
+    "distil_reward",
+    "load_reward",
     "reward_suffix_from_description",
 ]

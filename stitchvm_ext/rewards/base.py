@@ -200,6 +200,12 @@ class RewardModel(nn.Module):
         return next(self.parameters()).device
 
 
+def check_score_as(score_as: str, known: tuple[str, ...]) -> None:
+    """Raises ValueError unless a reward knows this way of scoring."""
+    if score_as not in known:
+        raise ValueError(f"score_as: expected one of {known}, got {score_as!r}")
+
+
 def run_block(block: nn.Module, tokens: Tensor, memory: str = "save", read: tuple[int, ...] | None = None) -> Tensor:
     """A block of an image tower on tokens [B, N, C]: on the fused ops if it is frozen and they know it.
 

@@ -1,24 +1,23 @@
 """CLIP rewards from open_clip, and scalar heads on CLIP embeddings (the LAION aesthetic predictor).
 
-Only the image tower is a registered part of these modules. The text tower belongs to a plain object,
-:class:`TextEncoder`, that a full reward and its suffixes share: it is never trained, never saved, and read from the
-original reward when first needed.
+Only the image tower is a registered part of these modules; the text tower is :mod:`.text`'s.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import RewardModel, RewardOutput
-from .open_clip_loading import TextEncoder, load_open_clip, open_clip_name, portable_name
-from .preprocessing import INTERPOLATIONS, RESIZE_MODES, preprocess
+from .base import RewardOutput
+from .open_clip_loading import OpenClipTexts, load_open_clip, load_open_clip_texts, open_clip_name, portable_reference
+from .preprocessing import check_preprocess_config, preprocess
 from .scalar_head import ScalarHead
+from .text import TextConditioned, TextEncoder
 
 
 def _drop_below(visual: nn.Module, layer: int) -> None:
@@ -30,7 +29,11 @@ def _drop_below(visual: nn.Module, layer: int) -> None:
         visual.transformer.resblocks[below] = nn.Identity()
 
 
-class OpenClipReward(RewardModel):
+def _text_encoder(reference: dict | None, tower: nn.Module | None = None) -> TextEncoder:
+    return TextEncoder(None if reference is None else partial(load_open_clip_texts, **reference), tower)
+
+
+class OpenClipReward(TextConditioned):
     """Cosine of the image's and the prompt's embeddings, by an open_clip model whose image tower is a ViT.
 
     The score is the plain cosine without logit scale, in [-1, 1]: about 0.2 to 0.35 for OpenAI's and LAION's models on
@@ -43,6 +46,7 @@ class OpenClipReward(RewardModel):
         clip: an open_clip model whose ``visual`` is a VisionTransformer.
         tokenizer: callable from a list of strings to ids [B, L], as ``open_clip.get_tokenizer`` returns.
         model_config: open_clip's ``model_cfg``, from which ``clip`` was built.
+        preprocess_config: what differs from the model's own ``preprocess_cfg``, see :func:`.preprocessing.preprocess`.
         reference: ``{"name", "pretrained"}`` by which :meth:`from_pretrained` finds it again, if it can.
         licence: of the weights; carried into value models made from this reward.
 
@@ -51,7 +55,13 @@ class OpenClipReward(RewardModel):
     """
 
     def __init__(
-        self, clip: nn.Module, tokenizer, model_config: dict, reference: dict | None = None, licence: str | None = None
+        self,
+        clip: nn.Module,
+        tokenizer,
+        model_config: dict,
+        reference: dict | None = None,
+        licence: str | None = None,
+        preprocess_config: dict | None = None,
     ):
         from open_clip.transform import PreprocessCfg, merge_preprocess_dict
         from open_clip.transformer import VisionTransformer
@@ -63,22 +73,21 @@ class OpenClipReward(RewardModel):
             )
         clip.eval().requires_grad_(False)
         given = getattr(clip.visual, "preprocess_cfg", {"size": clip.visual.image_size})
-        self._set_up(clip.visual, merge_preprocess_dict(asdict(PreprocessCfg()), given))
+        given = merge_preprocess_dict(asdict(PreprocessCfg()), given)
+        self._set_up(clip.visual, {**given, **(preprocess_config or {})})
         self.model_config = {
             "embed_dim": model_config["embed_dim"],
             "vision_cfg": copy.deepcopy(model_config["vision_cfg"]),
             "quick_gelu": model_config.get("quick_gelu", False),
         }
         self.reference, self.licence = reference, licence
-        self.text = TextEncoder(reference, clip, tokenizer)
+        self.text = _text_encoder(reference, OpenClipTexts(clip, tokenizer))
         self.eval()
 
     def _set_up(self, visual: nn.Module, preprocess_config: dict) -> None:
         self.visual = visual
         self.preprocess_config = preprocess_config
-        for key, known in (("resize_mode", RESIZE_MODES), ("interpolation", INTERPOLATIONS)):
-            if preprocess_config[key] not in known:
-                raise ValueError(f"preprocess_cfg[{key!r}]: expected one of {known}, got {preprocess_config[key]!r}")
+        check_preprocess_config(preprocess_config)
         self.width = visual.conv1.out_channels
         self.grid = tuple(visual.grid_size)
         self.num_prefix_tokens = 1
@@ -88,7 +97,11 @@ class OpenClipReward(RewardModel):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, pretrained: str | None = None, licence: str | None = None
+        cls,
+        name: str | Path,
+        pretrained: str | Path | None = None,
+        licence: str | None = None,
+        preprocess_config: dict | None = None,
     ) -> OpenClipReward:
         """Load by open_clip's own functions.
 
@@ -96,17 +109,21 @@ class OpenClipReward(RewardModel):
             name: a folder in open_clip's format (open_clip_config.json; open_clip_model.safetensors or
                 open_clip_pytorch_model.bin, tokenizer files where the configuration names an ``hf_tokenizer_name``); or
                 "hf-hub:owner/model"; or "local-dir:folder"; or "playground:reward"; or an open_clip model name.
-            pretrained: with a model name, the tag or weights file.
+            pretrained: with a model name, the tag or weights file (its tensors at the top, or under ``state_dict``).
+            licence, preprocess_config: as for the class.
 
         Raises:
             ValueError: an unknown name or tag, or weights trained with QuickGELU for a model without it.
             OSError: a missing or unreadable folder or file.
         """
-        name = portable_name(name)
-        clip, tokenizer, model_config = load_open_clip(name, pretrained)
-        return cls(clip, tokenizer, model_config, {"name": name, "pretrained": pretrained}, licence)
+        reference = portable_reference(name, pretrained)
+        return cls(*load_open_clip(**reference), reference, licence, preprocess_config)
 
     # -- the cut -------------------------------------------------------------------------------------------------------
+
+    @property
+    def embed_dim(self) -> int:
+        return self.model_config["embed_dim"]
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -134,29 +151,8 @@ class OpenClipReward(RewardModel):
     def preprocess(self, images: Tensor) -> Tensor:
         return preprocess(images, self.preprocess_config)
 
-    def encode_condition(self, prompts: list[str] | tuple[str, ...] | Tensor) -> Tensor:
-        """Normalised text embeddings, float32 [B, D], of prompts; or of text embeddings [B, D] computed elsewhere.
-
-        Raises:
-            ValueError: prompts for a suffix whose original reward is not known; embeddings of another width.
-            OSError: the original reward, needed for its text tower, cannot be loaded.
-        """
-        if not isinstance(prompts, Tensor):
-            return self.text(prompts, self.device)
-        width = self.model_config["embed_dim"]
-        if prompts.ndim != 2 or prompts.shape[1] != width:
-            raise ValueError(
-                f"prompts: expected strings or text embeddings [B, {width}], got shape {list(prompts.shape)}"
-            )
-        return F.normalize(prompts.to(self.device, torch.float32), dim=-1)
-
     def score(self, output: RewardOutput, condition: Tensor | None) -> Tensor:
-        if condition is None:
-            raise ValueError("prompts: this reward compares images with texts; expected one prompt per image, got None")
-        image = output.normalized
-        if condition.shape != image.shape:
-            raise ValueError(f"condition: expected text embeddings {list(image.shape)}, got {list(condition.shape)}")
-        return (image * condition).sum(-1)
+        return self.cosine(output, condition)
 
     # -- saved value models --------------------------------------------------------------------------------------------
 
@@ -180,23 +176,19 @@ class OpenClipReward(RewardModel):
         self._set_up(visual, copy.deepcopy(config["preprocess"]))
         self.model_config = copy.deepcopy(config["model"])
         self.reference, self.licence = config["reference"], config["licence"]
-        self.text = TextEncoder(self.reference)
+        self.text = _text_encoder(self.reference)
         self.check_layer(layer)
         _drop_below(visual, layer)
         self.kept_from = layer
         return self.to_empty(device="cpu").eval()
-
-    def suffix(self, layer: int) -> OpenClipReward:
-        suffix = super().suffix(layer)
-        suffix.text = self.text
-        return suffix
 
 
 class AestheticReward(OpenClipReward):
     """A scalar head on the normalised image embedding, like the LAION aesthetic predictor. Needs no prompt.
 
     About 4.5 to 6.5 with LAION's weights on natural images; about zero mean and unit variance in the playground. The
-    head stays frozen in suffixes too (METHOD.md §4).
+    head stays frozen in suffixes too (METHOD.md §4); one without activations is an affine map, and is kept as such: a
+    vector and a bias (:meth:`ScalarHead.folded`).
     """
 
     distillation = "score"
@@ -214,7 +206,7 @@ class AestheticReward(OpenClipReward):
         first = head.sizes[min(head.sizes)]
         if first[1] != model_config["embed_dim"]:
             raise ValueError(f"head: expected one on embeddings of width {model_config['embed_dim']}, got {first[1]}")
-        self.head = head.eval().requires_grad_(False)
+        self.head = head.folded().eval().requires_grad_(False)
 
     @classmethod
     def from_pretrained(
@@ -231,15 +223,14 @@ class AestheticReward(OpenClipReward):
             head: the head's file, see :meth:`ScalarHead.from_file`; default ``aesthetic_head.safetensors`` in the
                 folder.
         """
-        name = portable_name(name)
+        reference = portable_reference(name, pretrained)
         if head is None:
-            full = open_clip_name(name)
+            full = open_clip_name(reference["name"])
             if not full.startswith("local-dir:"):
                 raise ValueError(f"head: expected the file of the scalar head that goes with {name!r}, got None")
             head = Path(full.removeprefix("local-dir:")) / "aesthetic_head.safetensors"
         scalar = ScalarHead.from_file(head, activation)
-        clip, tokenizer, model_config = load_open_clip(name, pretrained)
-        return cls(clip, tokenizer, model_config, scalar, {"name": name, "pretrained": pretrained}, licence)
+        return cls(*load_open_clip(**reference), scalar, reference, licence)
 
     def head_parameters(self):
         return tuple(self.head.parameters())

@@ -1,19 +1,14 @@
-"""Reading CLIPs by open_clip's own functions, and the text tower that rewards share."""
+"""Reading CLIPs by open_clip's own functions."""
 
 from __future__ import annotations
 
 import copy
 import re
 import warnings
-from collections import OrderedDict
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-CACHED_PROMPTS = 4096
-TEXT_BATCH = 256
 PLAYGROUND = "playground:"
 QUICK_GELU_NAMES = re.compile(r"openai|dfn|metaclip", re.IGNORECASE)
 
@@ -23,6 +18,12 @@ def portable_name(name: str | Path) -> str:
     name = str(name)
     folder = Path(name.removeprefix("local-dir:"))
     return str(folder.resolve()) if name.startswith("local-dir:") or folder.is_dir() else name
+
+
+def portable_reference(name: str | Path, pretrained: str | Path | None) -> dict:
+    """``{"name", "pretrained"}`` by which :func:`load_open_clip` finds the same weights from anywhere."""
+    is_file = pretrained is not None and Path(pretrained).is_file()
+    return {"name": portable_name(name), "pretrained": str(Path(pretrained).resolve()) if is_file else pretrained}
 
 
 def open_clip_name(name: str) -> str:
@@ -109,51 +110,19 @@ def _text_part(clip: nn.Module) -> nn.Module:
     return text
 
 
-class TextEncoder:
-    """A CLIP text tower with its tokenizer and a cache of the last ``CACHED_PROMPTS`` embeddings.
+class OpenClipTexts(nn.Module):
+    """The text side of an open_clip model: from a list of strings to embeddings [B, D]."""
 
-    Args:
-        reference: ``{"name", "pretrained"}`` of the reward to take the text tower from when a prompt is first encoded.
-            None if it exists in memory only.
-        clip, tokenizer: the loaded model, if it is at hand.
-    """
-
-    def __init__(self, reference: dict | None, clip: nn.Module | None = None, tokenizer=None):
-        self.reference = reference
-        self.model = None if clip is None else _text_part(clip)
+    def __init__(self, clip: nn.Module, tokenizer):
+        super().__init__()
+        self.model = _text_part(clip)
         self.tokenizer = tokenizer
-        self.cache: OrderedDict[str, Tensor] = OrderedDict()
 
-    def __deepcopy__(self, memo) -> TextEncoder:
-        return self  # frozen and stateless but for its cache: copies of a reward share it
+    def forward(self, texts: list[str]) -> Tensor:
+        return self.model.encode_text(self.tokenizer(texts).to(next(self.parameters()).device))
 
-    def _load(self) -> None:
-        if self.reference is None:
-            raise ValueError(
-                "prompts: this value model's reward was built in memory, so its text tower cannot be found again; "
-                "expected text embeddings [B, D] of the original reward instead of prompts"
-            )
-        clip, self.tokenizer, _ = load_open_clip(**self.reference)
-        self.model = _text_part(clip).eval().requires_grad_(False)
 
-    def __call__(self, prompts: list[str] | tuple[str, ...], device: torch.device) -> Tensor:
-        """Normalised text embeddings, float32 [B, D]."""
-        if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
-            raise TypeError(f"prompts: expected a list of strings, got {prompts!r}")
-        missing = list(dict.fromkeys(p for p in prompts if p not in self.cache))
-        found = {p: self.cache[p] for p in prompts if p in self.cache}
-        if missing and self.model is None:
-            self._load()
-        for start in range(0, len(missing), TEXT_BATCH):
-            batch = missing[start : start + TEXT_BATCH]
-            # Never as inference tensors: autograd may save them in a later call.
-            with torch.inference_mode(False), torch.no_grad():
-                ids = self.tokenizer(batch).to(device)
-                rows = F.normalize(self.model.to(device).encode_text(ids).float(), dim=-1).cpu()
-            found.update(zip(batch, rows.unbind(), strict=True))
-        for p in found:
-            self.cache[p] = found[p]
-            self.cache.move_to_end(p)
-        while len(self.cache) > CACHED_PROMPTS:
-            self.cache.popitem(last=False)
-        return torch.stack([found[p] for p in prompts]).to(device)
+def load_open_clip_texts(name: str, pretrained: str | None = None) -> OpenClipTexts:
+    """The text side of what :func:`load_open_clip` finds under the same names."""
+    clip, tokenizer, _ = load_open_clip(name, pretrained)
+    return OpenClipTexts(clip, tokenizer)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..backbones import Condition, Encoding
 from ..backbones.base import frozen
-from ..value import StitchedValue, ValueEstimator
+from ..value import ValueEstimator
 from .checks import as_prompts, check_guidance_scale
 from .guidance import Guidance, check_finite
 
@@ -132,10 +132,10 @@ class ValueGuide:
         latents = latents[:batch]
         condition = self._condition(encoding, batch, with_cfg)
         if not self.values:  # the first guided step of a trajectory
-            self._shares = plain and _is_null_text(self.value, condition.uncond)
+            self._shares = plain and self.value.can_share(condition)
         if self._shares:
             cond, uncond, value, grad = self.value.shared_branches(latents, sigma, condition)
-            output = (torch.cat([uncond, cond]),)
+            output = (cond if uncond is None else torch.cat([uncond, cond]),)
             if call.get("return_dict", True):
                 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
@@ -170,7 +170,7 @@ class ValueGuide:
             )
         batch = rows // 2 if with_cfg else rows
         first_half = {name: t[: rows // 2] for name, t in encoding.items()}
-        if has_halves and not with_cfg and _is_null_text(self.value, first_half):
+        if has_halves and not with_cfg and self.value.is_null_text(first_half):
             raise ValueError(
                 f"guidance_scale: expected no unconditional half for {self.guidance_scale:g}, got one; "
                 "give the guidance_scale that the pipeline is called with"
@@ -183,11 +183,6 @@ class ValueGuide:
         cond = {name: t[-batch:] for name, t in encoding.items()}
         uncond = {name: t[:batch] for name, t in encoding.items()} if with_cfg else None
         return Condition(prompts, cond, uncond, self.guidance_scale if with_cfg else 1.0)
-
-
-def _is_null_text(value: ValueEstimator, encoding: Encoding | None) -> bool:
-    """Whether a half-batch runs the very prefix that a stitched value needs."""
-    return isinstance(value, StitchedValue) and value.is_null_text(encoding)
 
 
 def _replace(output, change: Callable[[Tensor], Tensor]):

@@ -1,4 +1,4 @@
-"""Value estimators for noisy latents: stitched, Tweedie and Monte Carlo; how a stitched one is made."""
+"""Value estimators for noisy latents: stitched, Tweedie, Monte Carlo and weighted sums; how a stitched one is made."""
 
 from .base import ValueEstimator
 from .finetune import FinetuneConfig, finetune
@@ -6,6 +6,7 @@ from .monte_carlo import MonteCarloValue
 from .search import SearchResult, StitchCandidate, search_stitch
 from .stitched import StitchedValue
 from .stitching import stitch
+from .sum import ValueSum
 from .tweedie import TweedieValue
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "StitchedValue",
     "TweedieValue",
     "ValueEstimator",
+    "ValueSum",
     "finetune",
     "search_stitch",
     "stitch",

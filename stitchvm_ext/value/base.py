@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from ..backbones import Condition, DiffusionBackbone
+from ..backbones import Condition, DiffusionBackbone, Encoding
 from ..rewards.base import RewardModel
+from ..rewards.sum import RewardSum
 
 
 class ValueEstimator(ABC):
@@ -51,12 +52,22 @@ class ValueEstimator(ABC):
         cond, uncond, value, grad = self.branches_with_value(latents, sigma, condition)
         return condition.guide(cond, uncond), value, grad
 
+    def is_null_text(self, encoding: Encoding | None) -> bool:
+        """Whether this is the text that the value reads in every row, whatever the prompts are."""
+        return False
+
+    def can_share(self, condition: Condition) -> bool:
+        """Whether a branch of the denoiser runs the very prefix that the value needs, so that ``shared_branches`` may
+        be called.
+        """
+        return False
+
     def check_condition(self, latents: Tensor, condition: Condition) -> None:
         if len(condition) != latents.shape[0]:
             raise ValueError(f"condition: expected {latents.shape[0]} rows, one per latent, got {len(condition)}")
 
 
-def score_images(reward: RewardModel, images: Tensor, prompts: tuple[str, ...]) -> Tensor:
+def score_images(reward: RewardModel | RewardSum, images: Tensor, prompts: tuple[str, ...]) -> Tensor:
     """Rewards [B] of images [B, 3, H, W] in [0, 1]; of videos [B, 3, F, H, W] the mean over their frames."""
     if images.ndim == 4:
         return reward.score(reward.output(images, pooled_only=True), reward.encode_condition(prompts))

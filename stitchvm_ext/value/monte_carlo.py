@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..backbones import Condition, backbone_of
 from ..rewards.base import RewardModel
+from ..rewards.sum import RewardSum
 from .base import ValueEstimator, score_images
 
 
@@ -18,7 +19,7 @@ class MonteCarloValue(ValueEstimator):
 
     Args:
         pipe: a pipeline with ``transformer`` and ``vae``.
-        reward: scores images in [0, 1].
+        reward: scores images in [0, 1]; one reward or a sum of several.
         num_rollouts: rollouts averaged per latent.
         num_steps: sampler steps of a rollout that starts at pure noise; later starts take their share of them.
         transition: a stochastic transition of :mod:`stitchvm_ext.sampling`.
@@ -28,7 +29,7 @@ class MonteCarloValue(ValueEstimator):
     def __init__(
         self,
         pipe,
-        reward: RewardModel,
+        reward: RewardModel | RewardSum,
         num_rollouts: int = 16,
         num_steps: int = 40,
         transition: str = "flow_grpo",

@@ -109,16 +109,16 @@ class StitchedValue(nn.Module, ValueEstimator):
             return self._by_frame(patchify(latents, latents.shape[-1] // self.grid[1]))
         if encoding is None:
             encoding = expand_rows(self.null_condition, latents.shape[0])
-        rows = self._rows(latents)
+        rows = self.rows_read(latents)
         return self._by_frame(
             self.backbone.features(latents, sigma, encoding, self.depth, rows=rows, memory=self.memory)
         )
 
-    def text_of(self, condition: Condition) -> Encoding | None:
-        """What the backbone reads for samples of this condition: their prompts, or None for the null text."""
-        return condition.cond if self.prompt_conditioned else None
+    def text_of(self, condition: Condition) -> Encoding:
+        """What the backbone reads for samples of this condition: their prompts, or the null text in every row."""
+        return condition.cond if self.prompt_conditioned else expand_rows(self.null_condition, len(condition))
 
-    def _rows(self, latents: Tensor) -> Tensor | None:
+    def rows_read(self, latents: Tensor) -> Tensor | None:
         """The tokens that the stitch reads; None if these are all, or if there is more than one frame of them."""
         return self.read_tokens if latents.ndim == 4 or latents.shape[2] == 1 else None
 
@@ -148,10 +148,13 @@ class StitchedValue(nn.Module, ValueEstimator):
         """Rewards [B]: of video latents the mean over frames."""
         return self.frame_scores(output, condition).mean(1)
 
+    def score_tokens(self, tokens: Tensor, condition: Condition) -> Tensor:
+        """V [B] from the backbone's tokens [B, T·N, C] after block ``depth``."""
+        return self.score(self(self._by_frame(tokens), pooled_only=True), condition)
+
     def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
         self.check_condition(latents, condition)
-        tokens = self.tokens(latents, sigma, self.text_of(condition))
-        return self.score(self(tokens, pooled_only=True), condition)
+        return self.score_tokens(self.tokens(latents, sigma, self.text_of(condition)), condition)
 
     def frame_values(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
         """V of every latent frame of videos, [B, T]; of images [B, 1]."""
@@ -176,27 +179,32 @@ class StitchedValue(nn.Module, ValueEstimator):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Conditional and unconditional velocity, V and its gradient, at the denoiser's cost of plain sampling."""
         self.check_latent_size(latents.shape[-2:])
-        shared, other = expand_rows(self.null_condition, latents.shape[0]), condition.cond
-        if self.prompt_conditioned:
-            shared, other = condition.cond, condition.uncond if condition.guidance_scale > 1 else None
+        shared, other = self.text_of(condition), self.other_branch(condition)
         # Both branches on the same blocks: their rounding errors then cancel in the difference that guidance amplifies.
         with self.backbone.fused(), torch.inference_mode(False), torch.enable_grad():
             shared_velocity, tokens, leaf = self.backbone.velocity_and_features(
-                latents, sigma, shared, self.depth, rows=self._rows(latents), memory=self.memory
+                latents, sigma, shared, self.depth, rows=self.rows_read(latents), memory=self.memory
             )
             # Two backward passes: on a GPU the suffix runs beside the other branch, on a stream of its own.
             with side_stream(tokens.device) as join:
                 entering = tokens.detach().requires_grad_()
-                value = self.score(self(self._by_frame(entering), pooled_only=True), condition)
+                value = self.score_tokens(entering, condition)
                 (token_grad,) = torch.autograd.grad(value.sum(), entering)
             with torch.no_grad():
                 other_velocity = None if other is None else self.backbone.velocity(latents, sigma, other)
             join(value, token_grad)
             (grad,) = torch.autograd.grad(tokens, leaf, token_grad)
-        cond, uncond = other_velocity, shared_velocity
-        if self.prompt_conditioned:
-            cond, uncond = shared_velocity, other_velocity
-        return cond, uncond, value.detach(), grad.float()
+        return *self.as_branches(shared_velocity, other_velocity), value.detach(), grad.float()
+
+    def other_branch(self, condition: Condition) -> Encoding | None:
+        """What the denoiser reads beside the text of the shared branch; None if that is its only branch."""
+        if not self.prompt_conditioned:
+            return condition.cond
+        return condition.uncond if condition.guidance_scale > 1 else None
+
+    def as_branches(self, shared: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Conditional and unconditional velocity from those of the shared branch and the other one."""
+        return (shared, other) if self.prompt_conditioned else (other, shared)
 
     def branches_with_value(
         self, latents: Tensor, sigma: float | Tensor, condition: Condition

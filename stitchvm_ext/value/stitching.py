@@ -14,6 +14,7 @@ from ..backbones import backbone_of
 from ..backbones.identity import latent_space
 from ..backbones.latents import encode_images
 from ..rewards.base import RewardModel
+from ..rewards.sum import RewardSum
 from .finetune import FinetuneConfig, finetune
 from .search import MAX_LAYER, SearchResult, search_stitch
 from .stitch_layer import StitchLayer
@@ -112,7 +113,8 @@ def stitch(
     images = as_image_tensor(images)
     backbone = backbone_of(pipe)
     if not isinstance(reward, RewardModel):
-        raise TypeError(f"reward: expected a stitchvm_ext.rewards.RewardModel, got {type(reward).__name__}")
+        hint = "; stitch each reward of a sum and add their values with ValueSum" * isinstance(reward, RewardSum)
+        raise TypeError(f"reward: expected a stitchvm_ext.rewards.RewardModel, got {type(reward).__name__}{hint}")
     if depth is not None and depth != 0:
         backbone.check_depth(depth)
     if layer is not None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..backbones import Condition, backbone_of, expand_sigma
 from ..rewards.base import RewardModel
+from ..rewards.sum import RewardSum
 from .base import ValueEstimator, score_images
 
 
@@ -18,10 +19,10 @@ class TweedieValue(ValueEstimator):
 
     Args:
         pipe: a pipeline with ``transformer`` and ``vae``.
-        reward: scores images in [0, 1].
+        reward: scores images in [0, 1]; one reward or a sum of several.
     """
 
-    def __init__(self, pipe, reward: RewardModel):
+    def __init__(self, pipe, reward: RewardModel | RewardSum):
         self.backbone = backbone_of(pipe)
         self.vae = pipe.vae
         self.reward = reward

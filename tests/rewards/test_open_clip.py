@@ -12,7 +12,7 @@ from torch import nn
 from stitchvm_ext import playground
 from stitchvm_ext.playground import models, train
 from stitchvm_ext.rewards import AestheticReward, OpenClipReward, reward_suffix_from_description
-from stitchvm_ext.rewards import open_clip_loading as loading
+from stitchvm_ext.rewards import text as text_side
 from stitchvm_ext.rewards.scalar_head import ScalarHead
 
 open_clip = pytest.importorskip("open_clip")
@@ -135,11 +135,11 @@ def test_bfloat16():
 
 
 def test_text_cache_is_bounded_and_gives_the_same_rows(monkeypatch):
-    monkeypatch.setattr(loading, "CACHED_PROMPTS", 2)
+    monkeypatch.setattr(text_side, "CACHED_PROMPTS", 2)
     reward, clip = tiny_reward()
     first = reward.encode_condition(PROMPTS)
     assert list(reward.text.cache) == PROMPTS[1:]
-    clip.token_embedding = None  # the tower is not asked again for what is cached
+    reward.text.tower = None  # the tower is not asked again for what is cached
     assert torch.equal(reward.encode_condition([PROMPTS[2], PROMPTS[1], PROMPTS[2]]), first[[2, 1, 2]])
 
 
@@ -197,7 +197,7 @@ def test_suffix_scores_prompts_with_the_original_text_tower(folder):
     in_memory = reward.suffix(2)
     from_disk = reward_suffix_from_description(json.loads(json.dumps(reward.describe())), 2)
     assert torch.equal(in_memory.encode_condition(PROMPTS), reward.encode_condition(PROMPTS))
-    assert from_disk.text.model is None
+    assert from_disk.text.tower is None
     assert torch.equal(from_disk.encode_condition(PROMPTS), reward.encode_condition(PROMPTS))
 
 
