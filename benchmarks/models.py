@@ -66,7 +66,7 @@ def stitched_value(
     model = backbone_of(transformer(backbone, depth, side, dtype, device))
     suffix = tower(reward, dtype, device).suffix(1)
     torch.manual_seed(3)
-    stitch = StitchLayer(model.width, suffix.width, suffix.grid)
+    stitch = StitchLayer(model.width(depth), suffix.width, suffix.grid)
     torch.nn.init.normal_(stitch.mlp[3].weight, std=0.02)
     value = StitchedValue(
         model, stitch, suffix, depth=depth, layer=1, latent_size=(2 * side, 2 * side),

@@ -143,7 +143,7 @@ class OracleBackbone:
     """The part of a DiffusionBackbone that sampling uses, with the exact velocity."""
 
     def __init__(self, world: OracleWorld):
-        self.world = world
+        self.world = self.denoiser = world  # estimators on one world are on one denoiser
 
     def branches(self, latents: Tensor, sigma: float, condition: Condition) -> tuple[Tensor, None]:
         return self.world.velocity(self.world.flat(latents), sigma).view_as(latents).to(latents.dtype), None

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from stitchvm_ext.backbones import Condition, backbone_of, expand_rows
+from stitchvm_ext.backbones.identity import check_fingerprint, fingerprint
 from stitchvm_ext.backbones.truncate import blocks_of
 from stitchvm_ext.playground import models
 from tests import tiny
@@ -122,13 +123,13 @@ def test_guided_velocity_is_the_pipelines_formula(backbone, null):
 
 
 def test_fingerprint_tells_another_training_from_a_rounded_copy(backbone):
-    mark = backbone.fingerprint(2)
-    backbone.check_fingerprint(mark, 2)
+    mark = fingerprint(backbone, 2)
+    check_fingerprint(backbone, mark, 2)
     other = backbone_of(tiny.tiny_transformer(seed=9))
     with pytest.raises(ValueError, match="block 1"):
-        other.check_fingerprint(mark, 2)
+        check_fingerprint(other, mark, 2)
     rounded = backbone_of(tiny.tiny_transformer(seed=0).to(torch.bfloat16))
-    rounded.check_fingerprint(backbone_of(tiny.tiny_transformer(seed=0)).fingerprint(2), 2)
+    check_fingerprint(rounded, fingerprint(backbone_of(tiny.tiny_transformer(seed=0)), 2), 2)
 
 
 def test_real_format_with_t5_encodes_text():

@@ -32,7 +32,7 @@ def test_velocity_and_back():
     backbone = backbone_of(transformer)
     expected = backbone.velocity(latents(), 0.5, encoding())
     assert fuse(transformer) == 4
-    with count_block_rows(transformer) as rows:
+    with count_block_rows(backbone) as rows:
         torch.testing.assert_close(backbone.velocity(latents(), 0.5, encoding()), expected, **CLOSE)
     assert rows.count == 8
     unfuse(transformer)
@@ -118,7 +118,7 @@ def test_a_graph_gives_the_same_velocity_and_is_counted(table):
     tables = precompute_conditioning(backbone, [0.75, 0.5], texts["pooled_prompt_embeds"]) if table else nullcontext()
     with tables:
         backbone.velocity(z + 1, 0.5, texts)  # captures
-        with count_block_rows(transformer) as rows:
+        with count_block_rows(backbone) as rows:
             for sigma, velocity in expected.items():
                 torch.testing.assert_close(backbone.velocity(z, sigma, texts), velocity, rtol=1e-3, atol=1e-4)
     assert rows.count == 2 * 2 * 4

@@ -382,5 +382,5 @@ def test_bad_input_is_refused_before_any_work(pipe, stitched, block_rows, monkey
 def test_a_value_for_another_transformer_is_refused(stitched):
     other = tiny.tiny_pipeline(shift=1.0)
     assert other.transformer is not stitched.backbone.denoiser
-    with pytest.raises(ValueError, match="value: expected an estimator on this pipeline's own denoiser"):
+    with pytest.raises(ValueError, match="without its latent space.*this pipeline's own denoiser"):
         guided_sample(other, stitched, PROMPTS)
