@@ -9,6 +9,16 @@ import torch
 from stitchvm_ext.playground import models
 
 
+def spread(model: torch.nn.Module, seed: int, scale: float = 0.1) -> torch.nn.Module:
+    """Weights far from their initial values, zeros included, so that every input matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim:
+                p.add_(scale * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
 def tiny_transformer(seed: int = 0, depth: int = 4):
     """An SD3.5-Medium-like transformer, 32 wide, with two dual-attention blocks and no zero-initialised layers."""
     from diffusers import SD3Transformer2DModel

@@ -15,6 +15,7 @@ from stitchvm_ext import load_reward
 from stitchvm_ext.playground import models
 from stitchvm_ext.rewards import RewardModel
 
+from . import spread
 from .image_reward import tiny_imagereward
 
 SIDE, PATCH, WIDTH, LAYERS = 32, 8, 32, 3
@@ -38,16 +39,6 @@ TEXT = {
     "max_position_embeddings": models.MAX_TOKENS, "bos_token_id": models.BOS_ID, "eos_token_id": models.EOS_ID,
     "pad_token_id": models.PAD_ID,
 }  # fmt: skip
-
-
-def spread(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Weights far from their initial values: no two tokens, layers or classes alike."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim:
-                p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return model.eval()
 
 
 def write_open_clip(folder: Path, preprocess: dict | None = None, **model_cfg) -> torch.nn.Module:

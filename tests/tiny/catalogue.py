@@ -1,0 +1,15 @@
+"""One small random pipeline per backbone that the library knows, built offline from diffusers' own classes.
+
+``PIPELINES[name]()`` builds a pipeline of 2 to 4 blocks, in float32, on the CPU, frozen; weights that the class starts
+at zero are spread out, so that every input matters. Pipelines are cached: treat them as read-only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from . import tiny_pipeline
+
+PIPELINES: dict[str, Callable[[], object]] = {
+    "sd3": tiny_pipeline,
+}
