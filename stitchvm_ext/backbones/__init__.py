@@ -5,10 +5,14 @@ from __future__ import annotations
 from .base import DiffusionBackbone
 from .condition import Condition, Encoding, expand_rows, is_same_encoding, stack_rows
 from .conditioning import ConditioningTable, precompute_conditioning
+from .flux import FluxBackbone
 from .process import DDPM, ForwardProcess, RectifiedFlow, ReversedFlow, expand_sigma
 from .sd3 import SD3Backbone
 
-REGISTRY: dict[str, type[DiffusionBackbone]] = {"SD3Transformer2DModel": SD3Backbone}
+REGISTRY: dict[str, type[DiffusionBackbone]] = {
+    "FluxTransformer2DModel": FluxBackbone,
+    "SD3Transformer2DModel": SD3Backbone,
+}
 """Adapter by the class name of the transformer or U-Net. A new backbone is one small class and one line here."""
 
 
@@ -38,6 +42,7 @@ __all__ = [
     "DDPM",
     "DiffusionBackbone",
     "Encoding",
+    "FluxBackbone",
     "ForwardProcess",
     "REGISTRY",
     "RectifiedFlow",

@@ -86,6 +86,10 @@ class DiffusionBackbone:
         """The denoiser's first output in the shape of the latents: undoes what :meth:`inputs` did to them."""
         return output
 
+    def pack(self, velocity: Tensor) -> Tensor:
+        """The inverse of :meth:`unpack`."""
+        return velocity
+
     def read_inputs(self, call: dict[str, Any]) -> tuple[Tensor, float, Encoding, bool]:
         """The inverse of :meth:`inputs`, for a pipeline's call: latents, sigma, encoding, and whether the call
         holds nothing that changes the blocks (ControlNet residuals, attention arguments).

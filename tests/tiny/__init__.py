@@ -50,10 +50,10 @@ def tiny_autoencoder(seed: int = 0):
     )  # fmt: skip
 
 
-def _text_encoder(vocabulary: int):
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+def clip_text_encoder(vocabulary: int = len(models.WORDS), projected: bool = True):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    return CLIPTextModelWithProjection(
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(
         CLIPTextConfig(
             vocab_size=vocabulary, hidden_size=32, intermediate_size=64, projection_dim=32, num_hidden_layers=2,
             num_attention_heads=4, max_position_embeddings=models.MAX_TOKENS,
@@ -78,9 +78,9 @@ def tiny_pipeline(t5: bool = False, shift: float = 3.0):
         transformer=tiny_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         vae=tiny_autoencoder(),
-        text_encoder=_text_encoder(len(models.WORDS)),
+        text_encoder=clip_text_encoder(),
         tokenizer=tokenizer,
-        text_encoder_2=_text_encoder(len(models.WORDS)),
+        text_encoder_2=clip_text_encoder(),
         tokenizer_2=tokenizer,
         text_encoder_3=t5_encoder,
         tokenizer_3=tokenizer if t5 else None,

@@ -6,10 +6,14 @@ at zero are spread out, so that every input matters. Pipelines are cached: treat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from . import tiny_pipeline
+from .flux import tiny_flux
 
 PIPELINES: dict[str, Callable[[], object]] = {
+    "flux-dev": tiny_flux,
+    "flux-schnell": functools.partial(tiny_flux, guidance_embeds=False),
     "sd3": tiny_pipeline,
 }
