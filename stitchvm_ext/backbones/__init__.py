@@ -8,10 +8,12 @@ from .conditioning import ConditioningTable, precompute_conditioning
 from .flux import FluxBackbone
 from .process import DDPM, ForwardProcess, RectifiedFlow, ReversedFlow, expand_sigma
 from .sd3 import SD3Backbone
+from .unet import UNetBackbone
 
 REGISTRY: dict[str, type[DiffusionBackbone]] = {
     "FluxTransformer2DModel": FluxBackbone,
     "SD3Transformer2DModel": SD3Backbone,
+    "UNet2DConditionModel": UNetBackbone,
 }
 """Adapter by the class name of the transformer or U-Net. A new backbone is one small class and one line here."""
 
@@ -48,6 +50,7 @@ __all__ = [
     "RectifiedFlow",
     "ReversedFlow",
     "SD3Backbone",
+    "UNetBackbone",
     "backbone_of",
     "expand_rows",
     "expand_sigma",
