@@ -101,8 +101,9 @@ class SearchResult:
             {"depth": c.depth, "layer": c.layer, "mse": c.mse, "unexplained": c.unexplained}
             for c in self.candidates.values()
         ]
+        result = {"tokens": self.tokens, "cells": cells, "pick": [self.best.depth, self.best.layer]}
         partial = folder / "search.json.partial"
-        partial.write_text(json.dumps({"cells": cells, "pick": [self.best.depth, self.best.layer]}, indent=1))
+        partial.write_text(json.dumps(result, indent=1))
         partial.replace(folder / "search.json")
         self.plot(folder / "search.png")
 
@@ -144,16 +145,17 @@ class _Probe:
         self.grids = [backbone.grid(latents.shape[-2:], depth) for depth in (0, *self.depths)]
         self.generator = torch.Generator().manual_seed(seed)
         self.sigmas = torch.rand(len(latents), generator=self.generator)
-        self.noise = torch.randn(latents.shape, generator=self.generator)
 
     def read(self, start: int, stop: int) -> tuple[Iterator[Tensor], Tensor, dict[int, Tensor]]:
         """Features [B, P, C] on the reward's grid depth by depth; patch tokens of all layers side by side [B, P, J·C'];
-        and the prefix tokens in front of them per layer.
+        and the prefix tokens in front of them per layer. The noise is drawn on the way, so batches are read in order.
         """
         latents, images = self.latents[start:stop], self.images[start:stop]
         sigma = self.sigmas[start:stop].to(latents.device)
         mix = expand_sigma(sigma, latents)
-        noisy = (1 - mix) * latents + mix * self.noise[start:stop].to(latents)
+        # Image by image: the same noise at any batch size.
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=self.generator) for _ in range(len(latents))])
+        noisy = (1 - mix) * latents + mix * noise.to(latents)
         found = self.backbone.features_at(noisy, sigma, expand_rows(self.null_condition, len(latents)), self.depths)
         patch = latents.shape[-1] // self.grids[0][1]
         features = (
