@@ -112,7 +112,7 @@ class LiveBytes(TorchDispatchMode):
 def test_memory_does_not_grow_with_the_images(pipe, reward, images, null):
     latents = encode_images(pipe.vae, images)
     peaks = []
-    for copies in (1, 4):
+    for copies in (2, 6):
         z, x = latents.repeat(copies, 1, 1, 1), images.repeat(copies, 1, 1, 1)
         with LiveBytes(z, x) as memory:
             search_stitch(backbone_of(pipe), reward, z, x, null, batch_size=6, progress=False)
