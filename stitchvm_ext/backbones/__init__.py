@@ -7,11 +7,13 @@ from .condition import Condition, Encoding, expand_rows, is_same_encoding, stack
 from .conditioning import ConditioningTable, precompute_conditioning
 from .flux import FluxBackbone
 from .process import DDPM, ForwardProcess, RectifiedFlow, ReversedFlow, expand_sigma
+from .sana import SanaBackbone
 from .sd3 import SD3Backbone
 
 REGISTRY: dict[str, type[DiffusionBackbone]] = {
     "FluxTransformer2DModel": FluxBackbone,
     "SD3Transformer2DModel": SD3Backbone,
+    "SanaTransformer2DModel": SanaBackbone,
 }
 """Adapter by the class name of the transformer or U-Net. A new backbone is one small class and one line here."""
 
@@ -48,6 +50,7 @@ __all__ = [
     "RectifiedFlow",
     "ReversedFlow",
     "SD3Backbone",
+    "SanaBackbone",
     "backbone_of",
     "expand_rows",
     "expand_sigma",

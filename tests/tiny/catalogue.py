@@ -11,9 +11,11 @@ from collections.abc import Callable
 
 from . import tiny_pipeline
 from .flux import tiny_flux
+from .sana import tiny_sana
 
 PIPELINES: dict[str, Callable[[], object]] = {
     "flux-dev": tiny_flux,
     "flux-schnell": functools.partial(tiny_flux, guidance_embeds=False),
+    "sana": tiny_sana,
     "sd3": tiny_pipeline,
 }
