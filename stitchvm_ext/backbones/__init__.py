@@ -7,12 +7,14 @@ from .condition import Condition, Encoding, expand_rows, is_same_encoding, stack
 from .conditioning import ConditioningTable, precompute_conditioning
 from .flux import FluxBackbone
 from .process import DDPM, ForwardProcess, RectifiedFlow, ReversedFlow, expand_sigma
+from .sana import SanaBackbone
 from .sd3 import SD3Backbone
 from .unet import UNetBackbone
 
 REGISTRY: dict[str, type[DiffusionBackbone]] = {
     "FluxTransformer2DModel": FluxBackbone,
     "SD3Transformer2DModel": SD3Backbone,
+    "SanaTransformer2DModel": SanaBackbone,
     "UNet2DConditionModel": UNetBackbone,
 }
 """Adapter by the class name of the transformer or U-Net. A new backbone is one small class and one line here."""
@@ -50,6 +52,7 @@ __all__ = [
     "RectifiedFlow",
     "ReversedFlow",
     "SD3Backbone",
+    "SanaBackbone",
     "UNetBackbone",
     "backbone_of",
     "expand_rows",

@@ -127,7 +127,8 @@ def test_text_and_noise_level_reach_the_velocity(family):
 
 def test_unguided_samples_are_the_pipelines_own(family):
     b = family.backbone
-    options = {"num_inference_steps": 3, "output_type": "np"}
+    height, width = (side * b.pixel_factor(family.pipe) for side in b.latent_size(family.pipe))
+    options = {"num_inference_steps": 3, "output_type": "np", "height": height, "width": width}
     if b.is_video:
         options["num_frames"] = 1 + family.pipe.vae_scale_factor_temporal
     generators = lambda: [torch.Generator().manual_seed(s) for s in (5, 6)]  # noqa: E731

@@ -11,11 +11,13 @@ from collections.abc import Callable
 
 from . import tiny_pipeline
 from .flux import tiny_flux
+from .sana import tiny_sana
 from .unet import tiny_sd15, tiny_sdxl
 
 PIPELINES: dict[str, Callable[[], object]] = {
     "flux-dev": tiny_flux,
     "flux-schnell": functools.partial(tiny_flux, guidance_embeds=False),
+    "sana": tiny_sana,
     "sd3": tiny_pipeline,
     "sd15": tiny_sd15,
     "sd2-v": functools.partial(tiny_sd15, prediction_type="v_prediction"),
