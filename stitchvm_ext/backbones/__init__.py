@@ -6,6 +6,8 @@ from .base import DiffusionBackbone
 from .condition import Condition, Encoding, expand_rows, is_same_encoding, stack_rows
 from .conditioning import ConditioningTable, precompute_conditioning
 from .flux import FluxBackbone
+from .hunyuan_dit import HunyuanDiTBackbone
+from .pixart import PixArtBackbone
 from .process import DDPM, ForwardProcess, RectifiedFlow, ReversedFlow, expand_sigma
 from .sana import SanaBackbone
 from .sd3 import SD3Backbone
@@ -13,6 +15,8 @@ from .unet import UNetBackbone
 
 REGISTRY: dict[str, type[DiffusionBackbone]] = {
     "FluxTransformer2DModel": FluxBackbone,
+    "HunyuanDiT2DModel": HunyuanDiTBackbone,
+    "PixArtTransformer2DModel": PixArtBackbone,
     "SD3Transformer2DModel": SD3Backbone,
     "SanaTransformer2DModel": SanaBackbone,
     "UNet2DConditionModel": UNetBackbone,
@@ -48,6 +52,8 @@ __all__ = [
     "Encoding",
     "FluxBackbone",
     "ForwardProcess",
+    "HunyuanDiTBackbone",
+    "PixArtBackbone",
     "REGISTRY",
     "RectifiedFlow",
     "ReversedFlow",

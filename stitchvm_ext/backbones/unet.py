@@ -95,19 +95,21 @@ class UNetBackbone(DiffusionBackbone):
 
     @torch.no_grad()
     def encode_text(self, pipe, prompts: list[str]) -> Encoding:
-        """``prompt_embeds`` [B, 77, cross_attention_dim], for SDXL also ``pooled_prompt_embeds`` [B, D].
-
-        The empty text of SDXL is zeros where the pipeline's ``force_zeros_for_empty_prompt`` says so, as in its own
-        unconditional branch.
-        """
+        """``prompt_embeds`` [B, 77, cross_attention_dim], for SDXL also ``pooled_prompt_embeds`` [B, D]."""
         encoded = pipe.encode_prompt(
             prompt=list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         if not self.is_xl:
             return {"prompt_embeds": encoded[0]}
-        encoding = {"prompt_embeds": encoded[0], "pooled_prompt_embeds": encoded[2]}
-        if pipe.config.force_zeros_for_empty_prompt:
+        return {"prompt_embeds": encoded[0], "pooled_prompt_embeds": encoded[2]}
+
+    def encode_negative(self, pipe, prompts: list[str]) -> Encoding:
+        """As :meth:`encode_text`; the empty text is zeros where ``force_zeros_for_empty_prompt`` of SDXL's pipeline
+        says so.
+        """
+        encoding = self.encode_text(pipe, prompts)
+        if self.is_xl and pipe.config.force_zeros_for_empty_prompt:
             empty = torch.tensor([not prompt for prompt in prompts], device=self.device)
-            for name, rows in encoding.items():
-                encoding[name] = rows.masked_fill(empty.view(-1, *[1] * (rows.ndim - 1)), 0)
+            for rows in encoding.values():
+                rows[empty] = 0
         return encoding

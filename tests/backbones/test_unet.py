@@ -67,7 +67,7 @@ def test_sdxl_reads_the_size_of_the_image():
 
 def test_the_empty_text_of_sdxl_is_the_pipelines_own_unconditional_one():
     pipe = PIPELINES["sdxl"]()
-    texts = backbone_of(pipe).encode_text(pipe, ["", "a ring"])
+    texts = backbone_of(pipe).encode_negative(pipe, ["", "a ring"])
     prompt, negative, pooled, negative_pooled = pipe.encode_prompt("a ring", device="cpu")
     torch.testing.assert_close(texts["prompt_embeds"], torch.cat([negative, prompt]))
     torch.testing.assert_close(texts["pooled_prompt_embeds"], torch.cat([negative_pooled, pooled]))
@@ -112,7 +112,7 @@ def test_a_value_is_stitched_saved_and_guides(name, depth, images, tmp_path):
     again.suffix.text = value.suffix.text
 
     prompts = ("a red circle", "two blue rings")
-    uncond = b.encode_text(pipe, ["", ""])
+    uncond = b.encode_negative(pipe, ["", ""])
     condition = Condition(prompts, b.encode_text(pipe, list(prompts)), uncond, guidance_scale=3.0)
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     before, after = value.value_and_grad(latents, 0.4, condition), again.value_and_grad(latents, 0.4, condition)

@@ -13,14 +13,14 @@ from . import clip_text_encoder, spread, tiny_autoencoder
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 
 
-def ddim(prediction_type: str = "epsilon", zero_snr: bool = False):
-    """A first-order scheduler over Stable Diffusion's noise levels that ends at level 0."""
+def ddim(prediction_type: str = "epsilon", zero_snr: bool = False, **config):
+    """A first-order scheduler, by default over Stable Diffusion's noise levels, that ends at level 0."""
     from diffusers import DDIMScheduler
 
+    levels = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", **config}
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
-        steps_offset=1, prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr,
-        timestep_spacing="trailing" if zero_snr else "leading",
+        clip_sample=False, set_alpha_to_one=True, steps_offset=1, prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_snr, timestep_spacing="trailing" if zero_snr else "leading", **levels,
     )  # fmt: skip
 
 
