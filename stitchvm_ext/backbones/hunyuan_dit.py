@@ -44,12 +44,12 @@ class HunyuanDiTBackbone(DiffusionBackbone):
         call = {
             "hidden_states": latents.to(dtype),
             "timestep": self.process.timestep(sigma).to(dtype),  # the transformer embeds it in the dtype that it has
-            "image_meta_size": sizes.expand(batch, -1),
+            "image_meta_size": sizes.repeat(batch, 1),
             "style": torch.zeros(batch, dtype=torch.long, device=latents.device),
             "image_rotary_emb": self._rotary(self.grid(tuple(latents.shape[-2:])), latents.device),
         }
         for suffix in TEXT_LENGTHS:
-            call[f"encoder_hidden_states{suffix}"] = encoding[f"prompt_embeds{suffix}"].to(dtype)
+            call[f"encoder_hidden_states{suffix}"] = encoding[f"prompt_embeds{suffix}"].to(dtype).contiguous()
             call[f"text_embedding_mask{suffix}"] = encoding[f"prompt_attention_mask{suffix}"]
         return call
 

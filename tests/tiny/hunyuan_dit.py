@@ -1,4 +1,4 @@
-"""HunyuanDiT 1.1 and 1.2 (which reads no sizes): 32x32 images, 4x16x16 latents, 64 image tokens; four blocks, of which
+"""HunyuanDiT 1.1 and 1.2 (which reads no sizes): 128x128 images, 4x16x16 latents, 64 image tokens; four blocks, of which
 the last has a skip connection."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def tiny_hunyuan_dit(version: float = 1.1):
         max_position_embeddings=77, pad_token_id=models.PAD_ID,
     )  # fmt: skip
     pipe = HunyuanDiTPipeline(
-        vae=tiny_autoencoder(shift_factor=None),
+        vae=tiny_autoencoder(shift_factor=None, levels=4),  # the pipeline takes 8 pixels per latent as given
         text_encoder=BertModel(bert).eval().requires_grad_(False),
         tokenizer=models.build_tokenizer(),
         transformer=spread(transformer, 11, 0.05).requires_grad_(False),
