@@ -40,6 +40,10 @@ class ForwardProcess(ABC):
         """``u_t(z_t)`` of flow latents z_t from the model's output there."""
         return output
 
+    def noise_levels(self) -> list[float]:
+        """A few flow times by which a process that is not the model class's own choice is known again."""
+        return []
+
 
 class RectifiedFlow(ForwardProcess):
     """The model is a rectified flow already; it takes ``scale * t`` as time."""
@@ -146,6 +150,10 @@ class DDPM(ForwardProcess):
         # v = alpha eps - sigma z_0 with (alpha, sigma) = (1 - t, t) * scale
         scale = 1 / (t.square() + (1 - t).square()).sqrt()
         return (2 * t - 1) * scale.square() * z + scale * output
+
+    def noise_levels(self) -> list[float]:
+        count = len(self.times)
+        return [round(float(self.times[k * (count - 1) // 8]), 6) for k in range(9)]
 
 
 def _log_ratio(t: Tensor) -> Tensor:

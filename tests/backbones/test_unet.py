@@ -1,4 +1,4 @@
-"""What the shared tests of adapters do not see in U-Nets: cuts of different grids, SDXL's sizes, values on them."""
+"""What the shared tests of adapters do not see in U-Nets: cuts of different grids, SDXL's empty text, other models."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import copy
 import pytest
 import torch
 
-from stitchvm_ext import StitchedValue, guided_sample, stitch
-from stitchvm_ext.backbones import Condition, backbone_of
-from stitchvm_ext.value import FinetuneConfig
-from tests import tiny
+from stitchvm_ext.backbones import backbone_of
 from tests.tiny.catalogue import PIPELINES
 
 
@@ -56,15 +53,6 @@ def test_the_prefix_is_a_part_of_the_unet_itself():
         b.truncated(4)
 
 
-def test_sdxl_reads_the_size_of_the_image():
-    pipe = PIPELINES["sdxl"]()
-    b = backbone_of(pipe)
-    encoding = b.null_condition(pipe)
-    call = b.call_inputs(torch.zeros(1, 4, 8, 24), torch.tensor([0.5]), encoding)
-    expected = pipe._get_add_time_ids((16, 48), (0, 0), (16, 48), torch.float32, 32)
-    assert torch.equal(call["added_cond_kwargs"]["time_ids"], expected)
-
-
 def test_the_empty_text_of_sdxl_is_the_pipelines_own_unconditional_one():
     pipe = PIPELINES["sdxl"]()
     texts = backbone_of(pipe).encode_negative(pipe, ["", "a ring"])
@@ -89,52 +77,7 @@ def test_unets_of_other_inputs_are_refused(config, message):
         backbone_of(pipe)
 
 
-@pytest.fixture(scope="module")
-def images():
-    coarse = torch.rand(24, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    return torch.nn.functional.interpolate(coarse, size=32, mode="bilinear")
-
-
-@pytest.mark.parametrize("depth", [1, 3])
-@pytest.mark.parametrize("name", ["sd15", "sdxl-v"])
-def test_a_value_is_stitched_saved_and_guides(name, depth, images, tmp_path):
-    """Search over cuts of different widths and grids (8x8 and 4x4), a few steps of finetuning, folder, sampling."""
-    pipe, reward = PIPELINES[name](), tiny.tiny_reward()
-    config = FinetuneConfig(batch_size=4, epochs=2)
-    value = stitch(
-        pipe, reward, images, depth=depth, layer=1, work_dir=tmp_path / "work", probe_images=16, config=config,
-        progress=False,
-    )  # fmt: skip
-    b = backbone_of(pipe)
-    assert value.stitch.project.in_features == b.width(depth) and value.grid == b.grid((16, 16), depth)
-    value.save_pretrained(tmp_path / "value")
-    again = StitchedValue.from_pretrained(tmp_path / "value", pipe)
-    again.suffix.text = value.suffix.text
-
-    prompts = ("a red circle", "two blue rings")
-    uncond = b.encode_negative(pipe, ["", ""])
-    condition = Condition(prompts, b.encode_text(pipe, list(prompts)), uncond, guidance_scale=3.0)
-    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    before, after = value.value_and_grad(latents, 0.4, condition), again.value_and_grad(latents, 0.4, condition)
-    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
-    assert before[1].flatten(1).any(1).all()
-
-    assert value.can_share(condition)
-    velocity, shared_value, shared_grad = value.denoise_with_value(latents, 0.4, condition)
-    with torch.no_grad():
-        plain = b.guided_velocity(latents, 0.4, condition)
-    torch.testing.assert_close(velocity, plain, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(shared_value, before[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(shared_grad, before[1], rtol=1e-3, atol=1e-6)
-
-    out = guided_sample(
-        pipe, value, list(prompts), num_inference_steps=3, guidance_scale=3.0, strength=0.05, output_type="latent",
-        generator=torch.Generator().manual_seed(0), progress=False,
-    )  # fmt: skip
-    assert out.guided_steps > 0 and out.latents.isfinite().all()
-
-
-def test_gradient_against_finite_differences_in_double(images):
+def test_gradient_against_finite_differences_in_double():
     """Through the skip connections' block outputs and the model's own coordinates."""
     pipe = PIPELINES["sd15"]()
     b = backbone_of(pipe)

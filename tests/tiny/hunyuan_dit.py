@@ -1,5 +1,6 @@
-"""HunyuanDiT 1.1 and 1.2 (which reads no sizes): 128x128 images, 4x16x16 latents, 64 image tokens; four blocks, of which
-the last has a skip connection."""
+"""HunyuanDiT 1.1 and 1.2 (which reads no sizes): 128x128 images, 4x16x16 latents, 64 image tokens; four blocks, the
+last with a skip connection.
+"""
 
 from __future__ import annotations
 

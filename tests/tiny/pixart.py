@@ -19,8 +19,8 @@ def tiny_pixart(alpha: bool = False):
 
     torch.manual_seed(8)
     transformer = PixArtTransformer2DModel(
-        sample_size=128 if alpha else 16, num_layers=3, attention_head_dim=12, num_attention_heads=3, in_channels=4, out_channels=8,
-        cross_attention_dim=36, caption_channels=32, interpolation_scale=2,
+        sample_size=128 if alpha else 16, num_layers=3, attention_head_dim=12, num_attention_heads=3, in_channels=4,
+        out_channels=8, cross_attention_dim=36, caption_channels=32, interpolation_scale=2,
     )  # fmt: skip
     pipe = (PixArtAlphaPipeline if alpha else PixArtSigmaPipeline)(
         tokenizer=models.build_tokenizer(),
