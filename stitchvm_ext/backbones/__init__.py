@@ -5,6 +5,7 @@ from __future__ import annotations
 from .base import DiffusionBackbone
 from .condition import Condition, Encoding, expand_rows, is_same_encoding, stack_rows
 from .conditioning import ConditioningTable, precompute_conditioning
+from .ddpm import DDPMBackbone
 from .flux import FluxBackbone
 from .hunyuan_dit import HunyuanDiTBackbone
 from .pixart import PixArtBackbone
@@ -48,6 +49,7 @@ __all__ = [
     "Condition",
     "ConditioningTable",
     "DDPM",
+    "DDPMBackbone",
     "DiffusionBackbone",
     "Encoding",
     "FluxBackbone",

@@ -5,42 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import DiffusionBackbone, patch_grid
+from .base import patch_grid
 from .condition import Encoding
-from .process import DDPM
+from .ddpm import DDPMBackbone
 
 ORIGINAL_SIZE = (1024, 1024)  # the pipeline's default, whatever size it samples
 TEXT_LENGTHS = {"": 77, "_t5": 256}  # of the two text encoders, fixed by the transformer's padding
 
 
-class HunyuanDiTBackbone(DiffusionBackbone):
+class HunyuanDiTBackbone(DDPMBackbone):
     """``HunyuanDiT2DModel``: blocks over image tokens with cross-attention to two texts, BERT's and mT5's.
 
     Blocks of the second half also read the output of one of the first half, which every cut after them includes. The
     model also predicts a variance, in the second half of its output channels, which is left out; up to version 1.1 it
     reads the size of the image, which is taken from the latents, and a style, which is always the first.
-
-    Args:
-        pixel_factor: of the pipeline's autoencoder.
     """
-
-    def __init__(self, denoiser: nn.Module, process: DDPM, pixel_factor: int):
-        super().__init__(denoiser, process)
-        self._pixel_factor = pixel_factor
-
-    @classmethod
-    def from_pipe(cls, pipe, denoiser: nn.Module) -> HunyuanDiTBackbone:
-        return cls(denoiser, DDPM.from_pipe(pipe, denoiser), pipe.vae_scale_factor)
 
     def grid(self, latent_hw: tuple[int, int], depth: int = 1) -> tuple[int, int]:
         return patch_grid(latent_hw, self.denoiser.config.patch_size)
 
     def inputs(self, latents: Tensor, sigma: Tensor, encoding: Encoding) -> dict[str, Any]:
         dtype, batch = self.dtype, len(latents)
-        target = [side * self._pixel_factor for side in latents.shape[-2:]]
-        sizes = latents.new_tensor([*ORIGINAL_SIZE, *target, 0, 0], dtype=dtype)
+        sizes = latents.new_tensor([*ORIGINAL_SIZE, *self.image_size(latents), 0, 0], dtype=dtype)
         call = {
             "hidden_states": latents.to(dtype),
             "timestep": self.process.timestep(sigma).to(dtype),  # the transformer embeds it in the dtype that it has
@@ -61,9 +49,6 @@ class HunyuanDiTBackbone(DiffusionBackbone):
         config = self.denoiser.config
         region = get_resize_crop_region_for_grid(grid, 512 // 8 // config.patch_size)
         return get_2d_rotary_pos_embed(config.attention_head_dim, region, grid, device=device, output_type="pt")
-
-    def unpack(self, output: Tensor, latents: Tensor) -> Tensor:
-        return output[:, : self.latent_channels]
 
     @torch.no_grad()
     def encode_text(self, pipe, prompts: list[str]) -> Encoding:

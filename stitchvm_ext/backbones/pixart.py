@@ -5,33 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import DiffusionBackbone, patch_grid
+from .base import patch_grid
 from .condition import Encoding
-from .process import DDPM
+from .ddpm import DDPMBackbone
 
 
-class PixArtBackbone(DiffusionBackbone):
+class PixArtBackbone(DDPMBackbone):
     """``PixArtTransformer2DModel``: blocks over image tokens with cross-attention to a T5 text.
 
     The model also predicts a variance, in the second half of its output channels, which is left out. Alpha's models of
     1024 pixels read the size of the image, which is taken from the latents. The pipelines' ``use_resolution_binning``,
     which samples at another size and crops, is not done: ask for a size that the model was trained on.
-
-    Args:
-        pixel_factor: of the pipeline's autoencoder.
     """
 
     text_options = ("max_sequence_length",)
-
-    def __init__(self, denoiser: nn.Module, process: DDPM, pixel_factor: int):
-        super().__init__(denoiser, process)
-        self._pixel_factor = pixel_factor
-
-    @classmethod
-    def from_pipe(cls, pipe, denoiser: nn.Module) -> PixArtBackbone:
-        return cls(denoiser, DDPM.from_pipe(pipe, denoiser), pipe.vae_scale_factor)
 
     def grid(self, latent_hw: tuple[int, int], depth: int = 1) -> tuple[int, int]:
         return patch_grid(latent_hw, self.denoiser.config.patch_size)
@@ -40,7 +29,7 @@ class PixArtBackbone(DiffusionBackbone):
         dtype = self.dtype
         size = {"resolution": None, "aspect_ratio": None}
         if self.denoiser.use_additional_conditions:
-            h, w = (side * self._pixel_factor for side in latents.shape[-2:])
+            h, w = self.image_size(latents)
             size = {
                 "resolution": latents.new_tensor([h, w], dtype=dtype).expand(len(latents), -1),
                 "aspect_ratio": latents.new_tensor([h / w], dtype=dtype).expand(len(latents), -1),
@@ -52,9 +41,6 @@ class PixArtBackbone(DiffusionBackbone):
             "encoder_attention_mask": encoding["prompt_attention_mask"],
             "added_cond_kwargs": size,
         }
-
-    def unpack(self, output: Tensor, latents: Tensor) -> Tensor:
-        return output[:, : self.latent_channels]
 
     @torch.no_grad()
     def encode_text(self, pipe, prompts: list[str], max_sequence_length: int | None = None) -> Encoding:

@@ -91,16 +91,6 @@ class DDPM(ForwardProcess):
         self.min_sigma, self.max_sigma = float(self.times[0]), float(self.times[-1])
 
     @classmethod
-    def from_pipe(cls, pipe, denoiser) -> DDPM:
-        """The process of a pipeline's scheduler. Raises ValueError for a bare denoiser, which does not tell it."""
-        if pipe is denoiser:
-            raise ValueError(
-                f"backbone: expected the pipeline, whose scheduler holds the noise levels and the prediction type, "
-                f"got a bare {type(denoiser).__name__}"
-            )
-        return cls.from_scheduler(pipe.scheduler)
-
-    @classmethod
     def from_scheduler(cls, scheduler) -> DDPM:
         """The process that a pipeline's scheduler was built for.
 

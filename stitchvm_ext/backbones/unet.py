@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import DiffusionBackbone
 from .condition import Encoding
+from .ddpm import DDPMBackbone
 from .process import DDPM
 from .truncate import truncate_unet
 
@@ -21,15 +21,12 @@ _CONFIG = {
 }
 
 
-class UNetBackbone(DiffusionBackbone):
+class UNetBackbone(DDPMBackbone):
     """``UNet2DConditionModel``, cut after one of its down blocks: the tokens are the positions of the feature map that
     leaves the block, its downsampling included. Widths and grids differ by depth.
 
     A text is its token embeddings; for SDXL also a pooled vector. SDXL further reads the size of the image, which is
     taken from the latents: original and target size are the image's own, nothing is cropped.
-
-    Args:
-        pixel_factor: of the pipeline's autoencoder.
 
     Raises:
         ValueError: the U-Net reads more than latents, time and text (inpainting, distilled guidance, image embeddings).
@@ -45,14 +42,9 @@ class UNetBackbone(DiffusionBackbone):
                 f"unet: expected as many input channels as the {config.out_channels} output channels, "
                 f"got {config.in_channels} (an inpainting model?)"
             )
-        super().__init__(denoiser, process)
+        super().__init__(denoiser, process, pixel_factor)
         self.depth = len(denoiser.down_blocks)
         self.is_xl = config.addition_embed_type == "text_time"
-        self._pixel_factor = pixel_factor
-
-    @classmethod
-    def from_pipe(cls, pipe, denoiser: nn.Module) -> UNetBackbone:
-        return cls(denoiser, DDPM.from_pipe(pipe, denoiser), pipe.vae_scale_factor)
 
     def width(self, depth: int = 1) -> int:
         return self.denoiser.config.block_out_channels[depth - 1]
@@ -72,8 +64,8 @@ class UNetBackbone(DiffusionBackbone):
             "encoder_hidden_states": encoding["prompt_embeds"].to(dtype),
         }
         if self.is_xl:
-            height, width = (side * self._pixel_factor for side in latents.shape[-2:])
-            sizes = latents.new_tensor([height, width, 0, 0, height, width], dtype=dtype)  # original, crop, target
+            size = self.image_size(latents)
+            sizes = latents.new_tensor([*size, 0, 0, *size], dtype=dtype)  # original, crop, target
             call["added_cond_kwargs"] = {
                 "text_embeds": encoding["pooled_prompt_embeds"].to(dtype),
                 "time_ids": sizes.expand(len(latents), -1),
