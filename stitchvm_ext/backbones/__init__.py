@@ -6,12 +6,14 @@ from .base import DiffusionBackbone
 from .condition import Condition, Encoding, expand_rows, is_same_encoding, stack_rows
 from .conditioning import ConditioningTable, precompute_conditioning
 from .flux import FluxBackbone
+from .lumina2 import Lumina2Backbone
 from .process import DDPM, ForwardProcess, RectifiedFlow, ReversedFlow, expand_sigma
 from .sana import SanaBackbone
 from .sd3 import SD3Backbone
 
 REGISTRY: dict[str, type[DiffusionBackbone]] = {
     "FluxTransformer2DModel": FluxBackbone,
+    "Lumina2Transformer2DModel": Lumina2Backbone,
     "SD3Transformer2DModel": SD3Backbone,
     "SanaTransformer2DModel": SanaBackbone,
 }
@@ -46,6 +48,7 @@ __all__ = [
     "Encoding",
     "FluxBackbone",
     "ForwardProcess",
+    "Lumina2Backbone",
     "REGISTRY",
     "RectifiedFlow",
     "ReversedFlow",

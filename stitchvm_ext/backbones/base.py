@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +42,7 @@ class DiffusionBackbone:
     is_video: bool = False
     text_options: tuple[str, ...] = ()  # names of the options of :meth:`encode_text`
     max_shift: float = 1.15  # of dynamic shifting, where the scheduler's configuration has none
+    even_sigmas: bool = False  # the pipeline gives the scheduler sigmas 1 .. 1/T to shift, in place of its own
     float32_noise: bool = False  # the pipeline draws noise in float32, not in the denoiser's dtype
     distilled_guidance: bool = False  # guidance_scale is an input of the model, "guidance" in the text options
 
@@ -114,9 +116,12 @@ class DiffusionBackbone:
         Args:
             config: the scheduler's.
         """
-        if not config.get("use_dynamic_shifting"):
-            return {}
-        return {"mu": shift_for_tokens(config, self.grid(latent_hw), self.max_shift)}
+        options = {}
+        if config.get("use_dynamic_shifting"):
+            options["mu"] = shift_for_tokens(config, self.grid(latent_hw), self.max_shift)
+        if self.even_sigmas and not config.get("use_flow_sigmas"):
+            options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+        return options
 
     def latent_size(self, pipe, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(H, W) of the latents of an image of some size in pixels, by default the pipeline's.

@@ -11,11 +11,13 @@ from collections.abc import Callable
 
 from . import tiny_pipeline
 from .flux import tiny_flux
+from .lumina2 import tiny_lumina2
 from .sana import tiny_sana
 
 PIPELINES: dict[str, Callable[[], object]] = {
     "flux-dev": tiny_flux,
     "flux-schnell": functools.partial(tiny_flux, guidance_embeds=False),
+    "lumina2": tiny_lumina2,
     "sana": tiny_sana,
     "sd3": tiny_pipeline,
 }
