@@ -10,12 +10,14 @@ from .lumina2 import Lumina2Backbone
 from .process import DDPM, ForwardProcess, RectifiedFlow, ReversedFlow, expand_sigma
 from .sana import SanaBackbone
 from .sd3 import SD3Backbone
+from .wan import WanBackbone
 
 REGISTRY: dict[str, type[DiffusionBackbone]] = {
     "FluxTransformer2DModel": FluxBackbone,
     "Lumina2Transformer2DModel": Lumina2Backbone,
     "SD3Transformer2DModel": SD3Backbone,
     "SanaTransformer2DModel": SanaBackbone,
+    "WanTransformer3DModel": WanBackbone,
 }
 """Adapter by the class name of the transformer or U-Net. A new backbone is one small class and one line here."""
 
@@ -54,6 +56,7 @@ __all__ = [
     "ReversedFlow",
     "SD3Backbone",
     "SanaBackbone",
+    "WanBackbone",
     "backbone_of",
     "expand_rows",
     "expand_sigma",

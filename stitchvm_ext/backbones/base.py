@@ -128,9 +128,9 @@ class DiffusionBackbone:
 
         Raises ValueError for a size that the autoencoder does not divide.
         """
-        factor, default = self.pixel_factor(pipe), self.default_latent_size(pipe)
+        factor, defaults = self.pixel_factor(pipe), self.default_latent_size(pipe)
         sizes = []
-        for name, side in (("height", height), ("width", width)):
+        for name, side, default in zip(("height", "width"), (height, width), defaults, strict=True):
             if side is not None and side % factor:
                 raise ValueError(f"{name}: expected a multiple of {factor} pixels, got {side}")
             sizes.append(default if side is None else side // factor)
@@ -147,8 +147,8 @@ class DiffusionBackbone:
         """Pixels per latent position along each axis."""
         return pipe.vae_scale_factor
 
-    def default_latent_size(self, pipe) -> int:
-        return getattr(pipe, "default_sample_size", None) or self.denoiser.config.sample_size
+    def default_latent_size(self, pipe) -> tuple[int, int]:
+        return (getattr(pipe, "default_sample_size", None) or self.denoiser.config.sample_size,) * 2
 
     # -- the autoencoder -----------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from . import tiny_pipeline
 from .flux import tiny_flux
 from .lumina2 import tiny_lumina2
 from .sana import tiny_sana
+from .wan import tiny_wan
 
 PIPELINES: dict[str, Callable[[], object]] = {
     "flux-dev": tiny_flux,
@@ -20,4 +21,5 @@ PIPELINES: dict[str, Callable[[], object]] = {
     "lumina2": tiny_lumina2,
     "sana": tiny_sana,
     "sd3": tiny_pipeline,
+    "wan": tiny_wan,
 }
