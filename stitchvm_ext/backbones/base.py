@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +42,7 @@ class DiffusionBackbone:
     is_video: bool = False
     text_options: tuple[str, ...] = ()  # names of the options of :meth:`encode_text`
     max_shift: float = 1.15  # of dynamic shifting, where the scheduler's configuration has none
+    even_sigmas: bool = False  # the pipeline gives the scheduler sigmas 1 .. 1/T to shift, in place of its own
     float32_noise: bool = False  # the pipeline draws noise in float32, not in the denoiser's dtype
     distilled_guidance: bool = False  # guidance_scale is an input of the model, "guidance" in the text options
 
@@ -114,18 +116,21 @@ class DiffusionBackbone:
         Args:
             config: the scheduler's.
         """
-        if not config.get("use_dynamic_shifting"):
-            return {}
-        return {"mu": shift_for_tokens(config, self.grid(latent_hw), self.max_shift)}
+        options = {}
+        if config.get("use_dynamic_shifting"):
+            options["mu"] = shift_for_tokens(config, self.grid(latent_hw), self.max_shift)
+        if self.even_sigmas and not config.get("use_flow_sigmas"):
+            options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+        return options
 
     def latent_size(self, pipe, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(H, W) of the latents of an image of some size in pixels, by default the pipeline's.
 
         Raises ValueError for a size that the autoencoder does not divide.
         """
-        factor, default = self.pixel_factor(pipe), self.default_latent_size(pipe)
+        factor, defaults = self.pixel_factor(pipe), self.default_latent_size(pipe)
         sizes = []
-        for name, side in (("height", height), ("width", width)):
+        for name, side, default in zip(("height", "width"), (height, width), defaults, strict=True):
             if side is not None and side % factor:
                 raise ValueError(f"{name}: expected a multiple of {factor} pixels, got {side}")
             sizes.append(default if side is None else side // factor)
@@ -142,8 +147,8 @@ class DiffusionBackbone:
         """Pixels per latent position along each axis."""
         return pipe.vae_scale_factor
 
-    def default_latent_size(self, pipe) -> int:
-        return getattr(pipe, "default_sample_size", None) or self.denoiser.config.sample_size
+    def default_latent_size(self, pipe) -> tuple[int, int]:
+        return (getattr(pipe, "default_sample_size", None) or self.denoiser.config.sample_size,) * 2
 
     # -- the autoencoder -----------------------------------------------------------------------------------------------
 
