@@ -20,6 +20,9 @@ class FluxBackbone(DiffusionBackbone):
 
     A text is its T5 tokens, CLIP's pooled vector and, in the guidance-distilled [dev], the guidance scale; [schnell]
     ignores that. There is no unconditional branch unless ``true_cfg_scale`` asks for one.
+
+    The velocity of [dev] is that of the guided model: a value on it is read as on any model under guidance. [schnell]
+    is a few-step student, see :mod:`backbones.distilled`.
     """
 
     text_options = ("max_sequence_length", "guidance")

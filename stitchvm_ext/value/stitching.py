@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backbones import backbone_of
+from ..backbones.distilled import warn_if_few_step
 from ..backbones.identity import latent_space
 from ..backbones.latents import encode_images
 from ..rewards.base import RewardModel
@@ -128,6 +129,7 @@ def stitch(
             f"images: expected at least probe_images + batch_size = {probe_images + config.batch_size}, "
             f"got {len(images)}"
         )
+    warn_if_few_step(pipe, backbone.denoiser)
     work_dir = Path(work_dir)
 
     text_options = dict(text_options or {})

@@ -88,3 +88,20 @@ def test_prompt_conditioned_prefix_serves_both(make_value):
         torch.testing.assert_close(shared[k], separate[k], rtol=1e-4, atol=1e-6)
     null_value, null_grad = make_value(2, False).value_and_grad(LATENTS, 0.6, condition)
     assert not torch.allclose(null_value, shared[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("negative", ["", "three green squares"])
+def test_true_cfg_is_the_pipelines_own(negative):
+    pipe = tiny_flux()
+    generators = lambda: [torch.Generator().manual_seed(s) for s in (5, 6)]  # noqa: E731
+    options = {
+        "num_inference_steps": 3, "guidance_scale": 2.0, "true_cfg_scale": 3.0, "negative_prompt": [negative] * 2,
+        "max_sequence_length": 12, "output_type": "latent",
+    }  # fmt: skip
+    expected = pipe(PROMPTS, generator=generators(), **options).images
+    ours = guided_sample(pipe, None, PROMPTS, generator=generators(), progress=False, **options)
+    torch.testing.assert_close(pack(ours.latents), expected, rtol=0, atol=5e-4)
+    plain = guided_sample(
+        pipe, None, PROMPTS, generator=generators(), progress=False, **options | {"true_cfg_scale": 1}
+    )
+    assert (plain.latents - ours.latents).abs().max() > 0.02
