@@ -7,10 +7,12 @@ from .condition import Condition, Encoding, expand_rows, is_same_encoding, stack
 from .conditioning import ConditioningTable, precompute_conditioning
 from .flux import FluxBackbone
 from .process import DDPM, ForwardProcess, RectifiedFlow, ReversedFlow, expand_sigma
+from .qwen_image import QwenImageBackbone
 from .sd3 import SD3Backbone
 
 REGISTRY: dict[str, type[DiffusionBackbone]] = {
     "FluxTransformer2DModel": FluxBackbone,
+    "QwenImageTransformer2DModel": QwenImageBackbone,
     "SD3Transformer2DModel": SD3Backbone,
 }
 """Adapter by the class name of the transformer or U-Net. A new backbone is one small class and one line here."""
@@ -44,6 +46,7 @@ __all__ = [
     "Encoding",
     "FluxBackbone",
     "ForwardProcess",
+    "QwenImageBackbone",
     "REGISTRY",
     "RectifiedFlow",
     "ReversedFlow",

@@ -7,7 +7,7 @@ shared prefix) is written once, here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -42,6 +42,7 @@ class DiffusionBackbone:
     text_options: tuple[str, ...] = ()  # names of the options of :meth:`encode_text`
     max_shift: float = 1.15  # of dynamic shifting, where the scheduler's configuration has none
     distilled_guidance: bool = False  # guidance_scale is an input of the model, "guidance" in the text options
+    rescale_guidance: Callable[[Tensor, Tensor], Tensor] | None = None  # of a :class:`Condition`
 
     def __init__(self, denoiser: nn.Module, process: ForwardProcess | None = None):
         self.denoiser = denoiser

@@ -217,7 +217,7 @@ def encode_condition(
         return stack_rows([cache[text] for text in texts])
 
     uncond = rows(negatives) if guidance_scale > 1 else None
-    return Condition(tuple(prompts), rows(prompts), uncond, guidance_scale)
+    return Condition(tuple(prompts), rows(prompts), uncond, guidance_scale, backbone.rescale_guidance)
 
 
 @torch.no_grad()

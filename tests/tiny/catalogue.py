@@ -11,9 +11,11 @@ from collections.abc import Callable
 
 from . import tiny_pipeline
 from .flux import tiny_flux
+from .qwen_image import tiny_qwen_image
 
 PIPELINES: dict[str, Callable[[], object]] = {
     "flux-dev": tiny_flux,
     "flux-schnell": functools.partial(tiny_flux, guidance_embeds=False),
+    "qwen-image": tiny_qwen_image,
     "sd3": tiny_pipeline,
 }
