@@ -13,10 +13,10 @@ from torch import Tensor
 from ..backbones import backbone_of
 from ..backbones.distilled import warn_if_few_step
 from ..backbones.identity import latent_space
-from ..rewards.base import RewardModel
+from ..rewards.base import RewardModel, skip_blocks
 from ..rewards.sum import RewardSum
 from .finetune import FinetuneConfig, finetune
-from .search import MAX_LAYER, SearchResult, search_stitch
+from .search import MAX_LAYER, SearchResult, check_tokens, search_stitch
 from .stitch_layer import StitchLayer
 from .stitched import StitchedValue
 from .targets import as_unit_images, cache_targets
@@ -57,16 +57,17 @@ def untrained_value(
         out_width=candidate.weight.shape[0],
         out_grid=reward.grid,
         num_prefix_tokens=0 if candidate.prefix is None else len(candidate.prefix),
-        with_position=layer > 1,
+        with_position=candidate.bias.ndim == 2,
     )
     stitch.load_least_squares(candidate.weight, candidate.bias, candidate.prefix)
     backbone = backbone_of(pipe)
     value = StitchedValue(
         backbone,
         stitch,
-        reward.suffix(layer),
+        skip_blocks(reward.suffix(1), layer) if search.tokens == "literal" else reward.suffix(layer),
         depth=depth,
         layer=layer,
+        tokens=search.tokens,
         latent_size=latent_size,
         null_condition=null_condition,
         text_options=text_options,
@@ -83,6 +84,7 @@ def stitch(
     *,
     depth: int | None = None,
     layer: int | None = None,
+    tokens: str = "fitted",
     work_dir: str | Path,
     probe_images: int = 200,
     config: FinetuneConfig | None = None,
@@ -102,6 +104,7 @@ def stitch(
         images: [N, 3, H, W] uint8 or float in [0, 1], or PIL images of one size: the resolution to be sampled at.
         depth: i, backbone blocks kept; 0 for the baseline without the backbone; None for the search's pick.
         layer: j, the reward block entered; None for the search's pick.
+        tokens: position and class tokens at j > 1, "fitted" or "literal", see :func:`search_stitch`.
         config: settings of stage 2.
         text_options: of the backbone's text encoding, e.g. ``{"max_sequence_length": 256}`` for SD3.
         backbone_licence: of the pipeline's weights, for the model card (a reward brings its own).
@@ -119,6 +122,7 @@ def stitch(
         backbone.check_depth(depth)
     if layer is not None:
         reward.check_layer(layer)
+    check_tokens(tokens)
     if not 8 <= probe_images < len(images):
         raise ValueError(
             f"probe_images: expected 8 to {len(images) - 1}, leaving images to train on, got {probe_images}"
@@ -139,7 +143,15 @@ def stitch(
     )
     layers = sorted({layer or 1, *range(1, min(MAX_LAYER, reward.num_layers) + 1)})
     search = search_stitch(
-        backbone, reward, latents, probe, null_condition, layers=layers, seed=config.seed, progress=progress
+        backbone,
+        reward,
+        latents,
+        probe,
+        null_condition,
+        layers=layers,
+        tokens=tokens,
+        seed=config.seed,
+        progress=progress,
     )
     search.save(work_dir)
     depth = search.best.depth if depth is None else depth
@@ -148,7 +160,7 @@ def stitch(
 
     value = untrained_value(pipe, reward, search, depth, layer, tuple(latents.shape[-2:]), null_condition, text_options)
     targets = cache_targets(work_dir / "targets", pipe.vae, reward, images[:-probe_images], progress=progress)
-    state_path = work_dir / f"state_i{depth}_j{layer}.pt"
+    state_path = work_dir / f"state_i{depth}_j{layer}{'_literal' if tokens == 'literal' else ''}.pt"
     losses = finetune(value, reward, targets, config, state_path=state_path, progress=progress)
     value.backbone_licence = backbone_licence
     value.details |= {
