@@ -6,11 +6,13 @@ from .base import DiffusionBackbone
 from .condition import Condition, Encoding, expand_rows, is_same_encoding, stack_rows
 from .conditioning import ConditioningTable, precompute_conditioning
 from .flux import FluxBackbone
+from .flux2 import Flux2Backbone
 from .process import DDPM, ForwardProcess, RectifiedFlow, ReversedFlow, expand_sigma
 from .qwen_image import QwenImageBackbone
 from .sd3 import SD3Backbone
 
 REGISTRY: dict[str, type[DiffusionBackbone]] = {
+    "Flux2Transformer2DModel": Flux2Backbone,
     "FluxTransformer2DModel": FluxBackbone,
     "QwenImageTransformer2DModel": QwenImageBackbone,
     "SD3Transformer2DModel": SD3Backbone,
@@ -44,6 +46,7 @@ __all__ = [
     "DDPM",
     "DiffusionBackbone",
     "Encoding",
+    "Flux2Backbone",
     "FluxBackbone",
     "ForwardProcess",
     "QwenImageBackbone",

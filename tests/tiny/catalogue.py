@@ -11,11 +11,14 @@ from collections.abc import Callable
 
 from . import tiny_pipeline
 from .flux import tiny_flux
+from .flux2 import tiny_flux2
 from .qwen_image import tiny_qwen_image
 
 PIPELINES: dict[str, Callable[[], object]] = {
     "flux-dev": tiny_flux,
     "flux-schnell": functools.partial(tiny_flux, guidance_embeds=False),
+    "flux2-dev": tiny_flux2,
+    "flux2-klein": functools.partial(tiny_flux2, klein=True),
     "qwen-image": tiny_qwen_image,
     "sd3": tiny_pipeline,
 }
