@@ -76,6 +76,18 @@ def test_hook_inside_the_pipelines_call_is_guided_sample(make_value, depth, prom
     assert ours.denoiser_evaluations == pytest.approx(2 * 3 + extra)
 
 
+def test_hook_refuses_two_passes_a_step(make_value):
+    pipe = tiny_flux()
+    options = {"num_inference_steps": 2, "max_sequence_length": 12, "output_type": "latent"}
+    apply_value_guidance(pipe.transformer, make_value(1, False), PROMPTS, guidance_scale=3.5)
+    try:
+        with pytest.raises(ValueError, match="true_cfg_scale: expected one call of the transformer for each step"):
+            pipe(PROMPTS, true_cfg_scale=2.0, negative_prompt=["", ""], **options)
+        pipe(PROMPTS, **options)
+    finally:
+        remove_value_guidance(pipe.transformer)
+
+
 def test_prompt_conditioned_prefix_serves_both(make_value):
     value = make_value(2, True)
     encoding = value.backbone.encode_text(tiny_flux(), PROMPTS, max_sequence_length=12)
