@@ -159,8 +159,9 @@ def test_unguided_samples_are_the_pipelines_own(family):
 
 
 def pipeline_options(family) -> dict:
-    """What the pipeline is called with beyond the usual for guidance 4."""
-    return {"guidance_scale": 4.0, **getattr(family.pipe, "test_options", {})}
+    """What the pipeline is called with beyond the usual for guidance 4; None for an option that it does not have."""
+    options = {"guidance_scale": 4.0, **getattr(family.pipe, "test_options", {})}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def test_images_are_encoded_as_the_pipeline_decodes_them(family):
