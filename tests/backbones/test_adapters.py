@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -91,6 +93,17 @@ def test_tokens_are_row_major_frame_by_frame(family):
     for sample in change:
         frame, row, column = (int(i) for i in torch.unravel_index(sample.argmax(), sample.shape))
         assert frame == family.frames - 1 and row >= h - 2 and column <= 1
+
+
+def test_half_precision(family):
+    """The denoiser takes what it is given in bfloat16, and says about the same (times and guidance are rounded too)."""
+    b = family.backbone
+    half = type(b).from_pipe(family.pipe, copy.deepcopy(b.denoiser).to(torch.bfloat16))
+    velocity, tokens, _ = half.velocity_and_features(family.latents, SIGMA, family.encoding, 1)
+    assert tokens.dtype == torch.bfloat16
+    with torch.no_grad():
+        exact = b.velocity(family.latents, SIGMA, family.encoding)
+    assert (velocity.float() - exact).norm() < 0.15 * exact.norm()
 
 
 def test_samples_do_not_mix(family):
