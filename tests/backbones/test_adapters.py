@@ -96,14 +96,17 @@ def test_tokens_are_row_major_frame_by_frame(family):
 
 
 def test_half_precision(family):
-    """The denoiser takes what it is given in bfloat16, and says about the same (times and guidance are rounded too)."""
+    """The denoiser takes what it is given in bfloat16, and says nearly the same."""
     b = family.backbone
     half = type(b).from_pipe(family.pipe, copy.deepcopy(b.denoiser).to(torch.bfloat16))
-    velocity, tokens, _ = half.velocity_and_features(family.latents, SIGMA, family.encoding, 1)
+    sigma, encoding = torch.tensor([0.25, 0.5]), dict(family.encoding)  # times and guidance without rounding
+    if "guidance" in encoding:
+        encoding["guidance"] = torch.full((2,), 4.0)
+    velocity, tokens, _ = half.velocity_and_features(family.latents, sigma, encoding, 1)
     assert tokens.dtype == torch.bfloat16
     with torch.no_grad():
-        exact = b.velocity(family.latents, SIGMA, family.encoding)
-    assert (velocity.float() - exact).norm() < 0.15 * exact.norm()
+        exact = b.velocity(family.latents, sigma, encoding)
+    assert (velocity.float() - exact).norm() < 0.05 * exact.norm()
 
 
 def test_samples_do_not_mix(family):
