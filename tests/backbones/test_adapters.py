@@ -166,7 +166,7 @@ def test_unguided_samples_are_the_pipelines_own(family):
         options["num_frames"] = 1 + family.pipe.vae_scale_factor_temporal
     generators = lambda: [torch.Generator().manual_seed(s) for s in (5, 6)]  # noqa: E731
     family.pipe.set_progress_bar_config(disable=True)
-    expected = family.pipe(PROMPTS, generator=generators(), **pipeline_options(family), **options)
+    expected = family.pipe(prompt=PROMPTS, generator=generators(), **pipeline_options(family), **options)
     expected = getattr(expected, "frames", None) if b.is_video else expected.images
     ours = guided_sample(
         family.pipe, None, PROMPTS, guidance_scale=4.0, generator=generators(), progress=False, **options
