@@ -24,6 +24,17 @@ def test_sizes_are_the_pipelines():
         b.grid((9, 8))
 
 
+def test_videos_are_encoded_by_frames_of_latents():
+    pipe = tiny_wan()
+    b = backbone_of(pipe)
+    video = torch.rand(1, 3, 5, 64, 64, generator=torch.Generator().manual_seed(1))
+    z = b.encode_images(pipe.vae, video)
+    assert z.shape == (1, 4, 2, 8, 8)
+    # The first latent frame is the first image's alone: the autoencoder is causal.
+    torch.testing.assert_close(z[:, :, :1], b.encode_images(pipe.vae, video[:, :, 0]))
+    assert b.decode_latents(pipe.vae, z).shape == video.shape
+
+
 def test_frames_of_the_output():
     out = guided_sample(
         tiny_wan(), None, "a ring", num_frames=5, height=64, width=64, num_inference_steps=1, output_type="pt",
