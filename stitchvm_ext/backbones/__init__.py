@@ -9,6 +9,8 @@ from .ddpm import DDPMBackbone
 from .flux import FluxBackbone
 from .flux2 import Flux2Backbone
 from .hunyuan_dit import HunyuanDiTBackbone
+from .hunyuan_image import HunyuanImageBackbone
+from .hunyuan_video import HunyuanVideoBackbone
 from .lumina2 import Lumina2Backbone
 from .pixart import PixArtBackbone
 from .process import DDPM, ForwardProcess, RectifiedFlow, ReversedFlow, expand_sigma
@@ -22,6 +24,8 @@ REGISTRY: dict[str, type[DiffusionBackbone]] = {
     "Flux2Transformer2DModel": Flux2Backbone,
     "FluxTransformer2DModel": FluxBackbone,
     "HunyuanDiT2DModel": HunyuanDiTBackbone,
+    "HunyuanImageTransformer2DModel": HunyuanImageBackbone,
+    "HunyuanVideoTransformer3DModel": HunyuanVideoBackbone,
     "Lumina2Transformer2DModel": Lumina2Backbone,
     "PixArtTransformer2DModel": PixArtBackbone,
     "QwenImageTransformer2DModel": QwenImageBackbone,
@@ -64,6 +68,8 @@ __all__ = [
     "FluxBackbone",
     "ForwardProcess",
     "HunyuanDiTBackbone",
+    "HunyuanImageBackbone",
+    "HunyuanVideoBackbone",
     "Lumina2Backbone",
     "PixArtBackbone",
     "QwenImageBackbone",

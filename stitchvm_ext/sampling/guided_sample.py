@@ -214,9 +214,8 @@ def encode_condition(
         return stack_rows([encoded[text] for text in texts])
 
     uncond = rows(negatives, backbone.encode_negative) if guidance_scale > 1 else None
-    return Condition(
-        tuple(prompts), rows(prompts, backbone.encode_text), uncond, guidance_scale, backbone.rescale_guidance
-    )
+    cond = rows(prompts, backbone.encode_text)
+    return Condition(tuple(prompts), cond, uncond, guidance_scale, backbone.rescale_guidance)
 
 
 @torch.no_grad()

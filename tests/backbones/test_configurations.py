@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from stitchvm_ext.backbones import REGISTRY, backbone_of
+from stitchvm_ext.backbones import backbone_of
 from stitchvm_ext.backbones.configurations import CONFIGURATIONS
-from stitchvm_ext.backbones.truncate import BLOCK_LISTS, blocks_of, truncate
+from stitchvm_ext.backbones.truncate import BLOCK_LISTS, blocks_of
 
 # Billions as the models' authors or cards give them.
 PUBLISHED = {
@@ -23,7 +23,7 @@ def count(modules) -> int:
     return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
 
 
-@pytest.mark.parametrize("name", list(CONFIGURATIONS))
+@pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_published_size_and_shells_of_it(name):
     configuration = CONFIGURATIONS[name]
     denoiser = configuration.build()
@@ -35,8 +35,7 @@ def test_published_size_and_shells_of_it(name):
     first_list = len(denoiser.transformer_blocks)  # SD3 and Qwen-Image have no other
     own = {id(p) for p in denoiser.parameters()}
     for depth in {1, 4, first_list, min(first_list + 2, len(blocks))}:
-        known = configuration.denoiser in REGISTRY
-        shell = backbone_of(denoiser).truncated(depth) if known else truncate(denoiser, depth)
+        shell = backbone_of(denoiser).truncated(depth)
         kept = [block for blocks in BLOCK_LISTS for block in shell._modules.get(blocks, [])]
         assert kept == blocks[:depth]
         assert {id(p) for p in shell.parameters()} < own or depth == len(blocks)
@@ -44,7 +43,7 @@ def test_published_size_and_shells_of_it(name):
     assert blocks_of(denoiser) == blocks
 
 
-@pytest.mark.parametrize("name", [name for name, c in CONFIGURATIONS.items() if c.denoiser in REGISTRY])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_adapter_reads_the_published_sizes(name):
     backbone = backbone_of(CONFIGURATIONS[name].build())
     channels, side, tokens, width = {

@@ -13,6 +13,8 @@ from . import tiny_pipeline
 from .flux import tiny_flux
 from .flux2 import tiny_flux2
 from .hunyuan_dit import tiny_hunyuan_dit
+from .hunyuan_image import tiny_hunyuan_image
+from .hunyuan_video import tiny_hunyuan_video
 from .lumina2 import tiny_lumina2
 from .pixart import tiny_pixart
 from .qwen_image import tiny_qwen_image
@@ -27,6 +29,9 @@ PIPELINES: dict[str, Callable[[], object]] = {
     "flux2-klein": functools.partial(tiny_flux2, klein=True),
     "hunyuan-dit": tiny_hunyuan_dit,
     "hunyuan-dit-1.2": functools.partial(tiny_hunyuan_dit, version=1.2),
+    "hunyuan-image": tiny_hunyuan_image,
+    "hunyuan-image-distilled": functools.partial(tiny_hunyuan_image, distilled=True),
+    "hunyuan-video": tiny_hunyuan_video,
     "lumina2": tiny_lumina2,
     "pixart-alpha": functools.partial(tiny_pixart, alpha=True),
     "pixart-sigma": tiny_pixart,
