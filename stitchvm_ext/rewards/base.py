@@ -200,6 +200,17 @@ class RewardModel(nn.Module):
         return next(self.parameters()).device
 
 
+def skip_blocks(suffix: RewardModel, layer: int) -> RewardModel:
+    """A suffix from j = 1 on without its blocks below ``layer``: class token, position and first norm, then that block.
+
+    In place. What METHOD.md §2 says word by word for j > 1; ``forward_from`` takes j = 1.
+    """
+    suffix.check_layer(layer)
+    for below in range(layer - 1):  # empty places keep the numbering of the blocks
+        suffix.blocks[below] = nn.Identity()
+    return suffix
+
+
 def check_score_as(score_as: str, known: tuple[str, ...]) -> None:
     """Raises ValueError unless a reward knows this way of scoring."""
     if score_as not in known:

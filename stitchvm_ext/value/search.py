@@ -1,13 +1,15 @@
 """Stage 1: the closed-form search for where to cut (METHOD.md §3).
 
-One pass over the probe images accumulates, for every depth i, the Gram matrix of the features (shared by all j) and,
-for every (i, j), the cross matrix with the reward's tokens. Every loss and every solution follows from these sums, on
-images that the fit did not see as well, so memory does not grow with the number of images.
+One forward per probe image serves every pair. The first images are summed up, for every depth i, into the Gram matrix
+of the features (shared by all j) and the cross matrix with the reward's tokens of all j side by side; every solution
+follows from these sums. The other images are then predicted by every solution. Memory does not grow with the number of
+images.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,62 +20,11 @@ from tqdm import tqdm
 from ..backbones import DiffusionBackbone, Encoding, expand_rows, expand_sigma
 from ..ops import resample_tokens
 from ..rewards.base import RewardModel
+from .least_squares import LeastSquares, PositionSums, squares
 from .stitch_layer import patchify
 
 MAX_LAYER = 4  # deeper cuts raise the loss by an order of magnitude and no finetuning recovers them (METHOD.md §3)
-# Eigenvalues of a Gram matrix below this share of the largest count as zero: features are float32, so directions whose
-# standard deviation is below 1e-5 of the largest hold rounding noise.
-RELATIVE_CUTOFF = 1e-10
-
-
-class _Sums:
-    """Float64 sums over images and positions for one depth i and every layer j."""
-
-    def __init__(self, layers: list[int]):
-        self.images = 0
-        self.gram: Tensor | float = 0.0  # Σ f fᵀ  [C, C]
-        self.features: Tensor | float = 0.0  # Σ f per position  [P, C]
-        self.cross: dict[int, Tensor | float] = dict.fromkeys(layers, 0.0)  # Σ f gᵀ  [C, C']
-        self.targets: dict[int, Tensor | float] = dict.fromkeys(layers, 0.0)  # Σ g per position  [P, C']
-        self.squares: dict[int, Tensor | float] = dict.fromkeys(layers, 0.0)  # Σ |g|²
-
-    def add(self, features: Tensor, targets: dict[int, Tensor]) -> None:
-        f = features.double()
-        flat = f.flatten(0, 1)
-        self.images += f.shape[0]
-        self.gram = self.gram + flat.T @ flat
-        self.features = self.features + f.sum(0)
-        for j, g in targets.items():
-            g = g.double()
-            self.cross[j] = self.cross[j] + flat.T @ g.flatten(0, 1)
-            self.targets[j] = self.targets[j] + g.sum(0)
-            self.squares[j] = self.squares[j] + g.square().sum()
-
-    def solve(self, j: int, per_position: bool) -> tuple[Tensor, Tensor]:
-        """W [C', C] and the bias, [C'] or per position [P, C']: least squares on centred data, by pseudo-inverse."""
-        positions = self.features.shape[0]
-        if per_position:
-            mean_f, mean_g, weight = self.features / self.images, self.targets[j] / self.images, self.images
-        else:
-            count = self.images * positions
-            mean_f, mean_g, weight = self.features.sum(0, True) / count, self.targets[j].sum(0, True) / count, count
-        gram = self.gram - weight * mean_f.T @ mean_f
-        cross = self.cross[j] - weight * mean_f.T @ mean_g
-        w = (torch.linalg.pinv(gram, rtol=RELATIVE_CUTOFF, hermitian=True) @ cross).T
-        bias = mean_g - mean_f @ w.T
-        return w, bias if per_position else bias[0]
-
-    def squared_error(self, j: int, w: Tensor, bias: Tensor) -> float:
-        """Σ |g - W f - b|² over these images, whoever's fit (W, b) is."""
-        positions = self.features.shape[0]
-        bias = bias.expand(positions, -1)
-        residual_sum = self.targets[j] - self.features @ w.T
-        error = self.squares[j] - 2 * (w.T * self.cross[j]).sum() + ((w @ self.gram) * w).sum()
-        return float(error - 2 * (bias * residual_sum).sum() + self.images * bias.square().sum())
-
-    def variance(self, j: int, mean: Tensor) -> float:
-        """Σ |g - mean(p)|² over these images; ``mean`` [P, C'] comes from the images of the fit."""
-        return float(self.squares[j] - 2 * (mean * self.targets[j]).sum() + self.images * mean.square().sum())
+TOKENS = ("fitted", "literal")
 
 
 @dataclass
@@ -83,8 +34,9 @@ class StitchCandidate:
     Attributes:
         mse: mean squared error per element.
         unexplained: the fraction of the target's variance (about its mean at each position) that is left.
-        weight, bias, prefix: [C', C], [C'] (j = 1) or [N', C'] (j > 1), and the mean prefix tokens [P, C'] (j > 1) or
-            None.
+        weight: W [C', C].
+        bias: [C'], or per position [N', C'] for fitted tokens at j > 1.
+        prefix: the mean prefix tokens [P, C'] for fitted tokens at j > 1, otherwise None.
     """
 
     depth: int
@@ -98,9 +50,13 @@ class StitchCandidate:
 
 @dataclass
 class SearchResult:
-    """Every candidate of a search, and the pick: the lowest mean squared error among depth >= 1 and layer <= 4."""
+    """Every candidate of a search, and the pick: the lowest mean squared error among depth >= 1 and layer <= 4.
+
+    ``tokens`` is how position and prefix tokens are made at j > 1, see :func:`search_stitch`.
+    """
 
     candidates: dict[tuple[int, int], StitchCandidate]
+    tokens: str = "fitted"
 
     @property
     def best(self) -> StitchCandidate:
@@ -145,8 +101,9 @@ class SearchResult:
             {"depth": c.depth, "layer": c.layer, "mse": c.mse, "unexplained": c.unexplained}
             for c in self.candidates.values()
         ]
+        result = {"tokens": self.tokens, "cells": cells, "pick": [self.best.depth, self.best.layer]}
         partial = folder / "search.json.partial"
-        partial.write_text(json.dumps({"cells": cells, "pick": [self.best.depth, self.best.layer]}, indent=1))
+        partial.write_text(json.dumps(result, indent=1))
         partial.replace(folder / "search.json")
         self.plot(folder / "search.png")
 
@@ -178,6 +135,45 @@ class SearchResult:
         figure.savefig(path, dpi=120)
 
 
+class _Probe:
+    """Batches of the probe images: the features of every depth, and the reward's tokens of every layer."""
+
+    def __init__(self, backbone, reward, latents, images, null_condition, layers, seed):
+        self.backbone, self.reward, self.null_condition, self.layers = backbone, reward, null_condition, layers
+        self.latents, self.images = latents, images
+        self.depths = list(range(1, backbone.depth + 1))
+        self.grids = [backbone.grid(latents.shape[-2:], depth) for depth in (0, *self.depths)]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.sigmas = torch.rand(len(latents), generator=self.generator)
+
+    def read(self, start: int, stop: int) -> tuple[Iterator[Tensor], Tensor, dict[int, Tensor]]:
+        """Features [B, P, C] on the reward's grid depth by depth; patch tokens of all layers side by side [B, P, J·C'];
+        and the prefix tokens in front of them per layer. The noise is drawn on the way, so batches are read in order.
+        """
+        latents, images = self.latents[start:stop], self.images[start:stop]
+        sigma = self.sigmas[start:stop].to(latents.device)
+        mix = expand_sigma(sigma, latents)
+        # Image by image: the same noise at any batch size.
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=self.generator) for _ in range(len(latents))])
+        noisy = (1 - mix) * latents + mix * noise.to(latents)
+        found = self.backbone.features_at(noisy, sigma, expand_rows(self.null_condition, len(latents)), self.depths)
+        patch = latents.shape[-1] // self.grids[0][1]
+        features = (
+            resample_tokens(f.float(), grid, self.reward.grid)
+            for f, grid in zip((patchify(noisy, patch), *(found[i] for i in self.depths)), self.grids, strict=True)
+        )
+        entering = self.reward.entering_tokens(images.to(self.reward.device), self.layers)
+        prefix = {j: tokens[:, : 0 if j == 1 else self.reward.num_prefix_tokens] for j, tokens in entering.items()}
+        patches = [entering[j][:, prefix[j].shape[1] :] for j in self.layers]
+        return features, torch.cat(patches, dim=2).to(latents.device), prefix
+
+
+def check_tokens(tokens: str) -> None:
+    """Raises ValueError unless ``tokens`` is a way to make position and prefix tokens at j > 1."""
+    if tokens not in TOKENS:
+        raise ValueError(f"tokens: expected one of {TOKENS}, got {tokens!r}")
+
+
 @torch.no_grad()
 def search_stitch(
     backbone: DiffusionBackbone,
@@ -187,12 +183,13 @@ def search_stitch(
     null_condition: Encoding,
     *,
     layers: list[int] | None = None,
+    tokens: str = "fitted",
     held_out_share: float = 0.25,
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = True,
 ) -> SearchResult:
-    """Fit and rate every stitch (i, j) in closed form, float64, in one streaming pass (METHOD.md §3).
+    """Fit and rate every stitch (i, j) in closed form, by streaming least squares (METHOD.md §3).
 
     Depth 0 stands for the noisy latent itself, cut into patches: the baseline that stitches to the VAE without the
     backbone.
@@ -202,10 +199,18 @@ def search_stitch(
         images: the probe images [N, 3, H', W'] in [0, 1]. METHOD.md asks for 200 that are not used for training.
         null_condition: one row, see :meth:`DiffusionBackbone.null_condition`.
         layers: the reward layers j to try; 1..4 unless told otherwise.
+        tokens: where position and prefix (class) tokens come from at j > 1. "fitted": a bias per position is part of
+            the least squares, and the prefix is the probe images' mean. "literal", the paper's own words: W and one
+            bias for all positions, to which the reward's input class token, positional embedding and first norm are
+            then added as at j = 1.
         held_out_share: the last part of the images, which the fit does not see and the losses are computed on.
         seed: of the noise levels t ~ U[0, 1] and of the noise.
+
+    Raises:
+        ValueError: an argument does not fit.
     """
-    layers = sorted(layers or range(1, min(MAX_LAYER, reward.num_layers) + 1))
+    check_tokens(tokens)
+    layers = sorted(set(layers or range(1, min(MAX_LAYER, reward.num_layers) + 1)))
     for j in layers:
         reward.check_layer(j)
     if len(latents) != len(images):
@@ -216,46 +221,50 @@ def search_stitch(
             f"images: expected enough for a fit and a held-out part, got {len(images)} with "
             f"held_out_share={held_out_share}"
         )
-    depths = list(range(1, backbone.depth + 1))
-    grids = [backbone.grid(latents.shape[-2:], depth) for depth in (0, *depths)]
-    patch = latents.shape[-1] // grids[0][1]
-    generator = torch.Generator().manual_seed(seed)
-    sigmas = torch.rand(len(latents), generator=generator)
-    noise = torch.randn(latents.shape, generator=generator)
+    probe = _Probe(backbone, reward, latents, images, null_condition, layers, seed)
+    count = len(layers)
+    shared = count if tokens == "literal" else layers.count(1)  # layers, the first ones, with one bias for all
 
-    fit = [_Sums(layers) for _ in range(backbone.depth + 1)]
-    held_out = [_Sums(layers) for _ in range(backbone.depth + 1)]
-    prefix_sum = dict.fromkeys(layers, 0.0)
-    starts = [*range(0, fit_count, batch_size), *range(fit_count, len(images), batch_size)]
-    for start in tqdm(starts, desc="stitch search", disable=not progress):
-        stop = min(start + batch_size, fit_count if start < fit_count else len(images))
-        sigma = sigmas[start:stop].to(latents.device)
-        mix = expand_sigma(sigma, latents)
-        noisy = (1 - mix) * latents[start:stop] + mix * noise[start:stop].to(latents)
-        found = backbone.features_at(noisy, sigma, expand_rows(null_condition, stop - start), depths)
-        features = [patchify(noisy, patch), *(found[depth] for depth in depths)]
-        entering = reward.entering_tokens(images[start:stop].to(reward.device), layers)
-        targets = {}
-        for j, tokens in entering.items():
-            prefix = 0 if j == 1 else reward.num_prefix_tokens
-            targets[j] = tokens[:, prefix:].to(latents.device)
-            if start < fit_count:
-                prefix_sum[j] = prefix_sum[j] + tokens[:, :prefix].double().sum(0)
-        for sums, f, grid in zip(fit if start < fit_count else held_out, features, grids, strict=True):
-            sums.add(resample_tokens(f.float(), grid, reward.grid), targets)
+    bar = tqdm(total=len(images), desc="stitch search", disable=not progress)
+    sums, targets = [LeastSquares() for _ in probe.grids], PositionSums()
+    prefix_sum = dict.fromkeys(layers[shared:], 0.0)
+    for start in range(0, fit_count, batch_size):
+        stop = min(start + batch_size, fit_count)
+        features, patches, prefix = probe.read(start, stop)
+        rows = targets.add(patches)
+        for one, f in zip(sums, features, strict=True):
+            one.add(f, rows)
+        for j in prefix_sum:
+            prefix_sum[j] = prefix_sum[j] + prefix[j].sum(0, dtype=torch.float64)
+        bar.update(stop - start)
 
+    width = targets.sum.shape[1] // count
+    fits = []
+    while sums:  # a depth's sums are freed once it is solved
+        fits.append(sums.pop(0).solve(targets, slice(shared * width, None)))
+    mean = targets.mean.float()
+    variance, errors = 0.0, [0.0 for _ in fits]
+    for start in range(fit_count, len(images), batch_size):
+        stop = min(start + batch_size, len(images))
+        features, patches, _ = probe.read(start, stop)
+        variance = variance + squares(patches - mean, count)
+        for depth, f in enumerate(features):
+            errors[depth] = errors[depth] + fits[depth].squared_error(f, patches, count)
+        bar.update(stop - start)
+    bar.close()
+
+    elements = (len(images) - fit_count) * mean.numel() // count
     candidates = {}
-    for i, (seen, unseen) in enumerate(zip(fit, held_out, strict=True)):
-        for j in layers:
-            weight, bias = seen.solve(j, per_position=j > 1)
-            error = unseen.squared_error(j, weight, bias)
-            candidates[i, j] = StitchCandidate(
-                depth=i,
+    for depth, fit in enumerate(fits):
+        parts = zip(fit.weight.split(width), fit.bias.split(width, dim=1), strict=True)
+        for k, (j, (weight, bias)) in enumerate(zip(layers, parts, strict=True)):
+            candidates[depth, j] = StitchCandidate(
+                depth=depth,
                 layer=j,
-                mse=error / (unseen.images * unseen.targets[j].numel()),
-                unexplained=error / unseen.variance(j, seen.targets[j] / seen.images),
-                weight=weight.float(),
-                bias=bias.float(),
-                prefix=(prefix_sum[j] / fit_count).float() if j > 1 else None,
+                mse=float(errors[depth][k]) / elements,
+                unexplained=float(errors[depth][k] / variance[k]),
+                weight=weight,
+                bias=bias[0].clone() if k < shared else bias,
+                prefix=(prefix_sum[j] / fit_count).float() if j in prefix_sum else None,
             )
-    return SearchResult(candidates)
+    return SearchResult(candidates, tokens)

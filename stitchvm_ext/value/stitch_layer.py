@@ -16,16 +16,16 @@ class StitchLayer(nn.Module):
     pointwise MLP with bottleneck 1:8 whose last layer starts at zero. Because the weights of a bilinear resampling
     sum to one, F and Up commute, and the one that leaves fewer tokens runs first.
 
-    For j > 1 the target tokens carry position and an image-dependent class token already. There a bias per position
-    is part of the fit, and the prefix tokens start from the probe images' mean instead of the reward's input class
-    token.
+    For j > 1 the target tokens carry position and an image-dependent class token already. There, unless tokens are to
+    be "literal" (see :func:`search_stitch`), a bias per position is part of the fit, and the prefix tokens start from
+    the probe images' mean instead of the reward's input class token.
 
     Args:
         in_width: channels of a backbone token.
         out_width: channels of a reward token.
         out_grid: (h, w) of the reward's patches.
-        num_prefix_tokens: 0 for j = 1; the reward's number of class tokens for j > 1.
-        with_position: whether there is a bias per position (j > 1).
+        num_prefix_tokens: 0 for j = 1 and literal tokens; the reward's number of class tokens otherwise.
+        with_position: whether there is a bias per position (fitted tokens at j > 1).
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class StitchLayer(nn.Module):
         return self.out_grid[0] * self.out_grid[1] <= grid[0] * grid[1]
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Backbone tokens [B, N, C] on ``grid`` -> reward tokens [B, N', C'], or for j > 1 [B, P+N', C']."""
+        """Backbone tokens [B, N, C] on ``grid`` -> reward tokens [B, N', C'], or with prefix tokens [B, P+N', C']."""
         tokens = tokens.to(self.project.weight.dtype)
         if self.resamples_first(grid):
             y = self.project(resample_tokens(tokens, grid, self.out_grid))

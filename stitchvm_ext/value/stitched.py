@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..backbones import Condition, DiffusionBackbone, Encoding, backbone_of, expand_rows, is_same_encoding
 from ..backbones.identity import check_fingerprint, fingerprint
 from ..rewards import reward_suffix_from_description
-from ..rewards.base import RewardModel, RewardOutput
+from ..rewards.base import RewardModel, RewardOutput, skip_blocks
 from .base import ValueEstimator
 from .folder import FORMAT_VERSION, find_folder, read_folder, upload_folder, write_folder
 from .side_stream import side_stream
@@ -29,9 +29,12 @@ class StitchedValue(nn.Module, ValueEstimator):
     Args:
         backbone: the adapter of the pipeline's transformer.
         stitch: the stitching layer.
-        suffix: the reward without the blocks before ``layer``, see :meth:`RewardModel.suffix`.
+        suffix: the reward without the blocks before ``layer``, see :meth:`RewardModel.suffix`; for literal tokens also
+            :func:`rewards.base.skip_blocks`.
         depth: i, backbone blocks kept; 0 for none.
         layer: j, the reward block that the stitch feeds.
+        tokens: "fitted", or "literal" where the suffix adds its input class token and position to the stitch's patch
+            tokens at any j, see :func:`search_stitch`.
         latent_size: (H, W) of the latents it is made for.
         null_condition: one row, the backbone's encoding of the empty prompt.
         text_options: what ``null_condition`` was encoded with (for SD3 ``max_sequence_length``).
@@ -57,6 +60,7 @@ class StitchedValue(nn.Module, ValueEstimator):
         *,
         depth: int,
         layer: int,
+        tokens: str = "fitted",
         latent_size: tuple[int, int],
         null_condition: Encoding,
         text_options: dict[str, Any],
@@ -71,7 +75,7 @@ class StitchedValue(nn.Module, ValueEstimator):
         object.__setattr__(self, "backbone", backbone)  # out of parameters(), state_dict() and .to()
         self.stitch = stitch
         self.suffix = suffix
-        self.depth, self.layer = depth, layer
+        self.depth, self.layer, self.token_mode = depth, layer, tokens
         self.latent_size = tuple(latent_size)
         self.grid = backbone.grid(self.latent_size, depth)
         self.text_options = dict(text_options)
@@ -133,7 +137,8 @@ class StitchedValue(nn.Module, ValueEstimator):
 
         ``pooled_only``: the embedding alone will be read, see :meth:`RewardModel.forward_from`.
         """
-        return self.suffix.forward_from(self.stitch(tokens, self.grid), self.layer, self.memory, pooled_only)
+        enters_at = 1 if self.token_mode == "literal" else self.layer
+        return self.suffix.forward_from(self.stitch(tokens, self.grid), enters_at, self.memory, pooled_only)
 
     def output(self, latents: Tensor, sigma: float | Tensor) -> RewardOutput:
         """The suffix's tokens and embedding for noisy latents [B, C, H, W]."""
@@ -229,6 +234,7 @@ class StitchedValue(nn.Module, ValueEstimator):
             "format_version": FORMAT_VERSION,
             "depth": self.depth,
             "layer": self.layer,
+            "tokens": self.token_mode,
             "prompt_conditioned": self.prompt_conditioned,
             "latent_size": list(self.latent_size),
             "latent_space": self.latent_space,
@@ -292,12 +298,18 @@ class StitchedValue(nn.Module, ValueEstimator):
         missing = [name for name in config["null_condition"] if f"null_{name}" not in state]
         if missing:
             raise OSError(f"folder: the weights in {folder} do not fit its config.json: no null text {missing}")
+        layer, tokens = config["layer"], config.get("tokens", "fitted")
+        if tokens == "literal":
+            suffix = skip_blocks(reward_suffix_from_description(config["reward"], 1), layer)
+        else:
+            suffix = reward_suffix_from_description(config["reward"], layer)
         value = cls(
             backbone,
             StitchLayer(**config["stitch"]),
-            reward_suffix_from_description(config["reward"], config["layer"]),
+            suffix,
             depth=config["depth"],
-            layer=config["layer"],
+            layer=layer,
+            tokens=tokens,
             latent_size=tuple(config["latent_size"]),
             null_condition={name: state[f"null_{name}"] for name in config["null_condition"]},
             text_options=config["text_options"],

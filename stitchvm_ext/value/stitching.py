@@ -13,11 +13,11 @@ import torch
 from ..backbones import backbone_of
 from ..backbones.identity import latent_space
 from ..data import ImageSource, as_image_source
-from ..rewards.base import RewardModel
+from ..rewards.base import RewardModel, skip_blocks
 from ..rewards.sum import RewardSum
 from .finetune import FinetuneConfig, finetune
 from .processes import from_main, processes
-from .search import MAX_LAYER, SearchResult, search_stitch
+from .search import MAX_LAYER, SearchResult, check_tokens, search_stitch
 from .stitch_layer import StitchLayer
 from .stitched import StitchedValue
 from .targets import cache_targets
@@ -41,16 +41,17 @@ def untrained_value(
         out_width=candidate.weight.shape[0],
         out_grid=reward.grid,
         num_prefix_tokens=0 if candidate.prefix is None else len(candidate.prefix),
-        with_position=layer > 1,
+        with_position=candidate.bias.ndim == 2,
     )
     stitch.load_least_squares(candidate.weight, candidate.bias, candidate.prefix)
     backbone = backbone_of(pipe)
     value = StitchedValue(
         backbone,
         stitch,
-        reward.suffix(layer),
+        skip_blocks(reward.suffix(1), layer) if search.tokens == "literal" else reward.suffix(layer),
         depth=depth,
         layer=layer,
+        tokens=search.tokens,
         latent_size=latent_size,
         null_condition=null_condition,
         text_options=text_options,
@@ -68,6 +69,7 @@ def stitch(
     *,
     depth: int | None = None,
     layer: int | None = None,
+    tokens: str = "fitted",
     work_dir: str | Path,
     size: int | Sequence[int] | None = None,
     probe_images: int = 200,
@@ -94,6 +96,7 @@ def stitch(
             :class:`stitchvm_ext.data.ImageSource`. They are streamed.
         depth: i, backbone blocks kept; 0 for the baseline without the backbone; None for the search's pick.
         layer: j, the reward block entered; None for the search's pick.
+        tokens: position and class tokens at j > 1, "fitted" or "literal", see :func:`search_stitch`.
         size: (height, width) in pixels, or one number, that images are resized and centre-cropped to: the resolution to
             be sampled at. None takes images as they are, which must then have one size.
         config: settings of stage 2.
@@ -111,6 +114,7 @@ def stitch(
     source, work_dir = as_image_source(images, size), Path(work_dir)
     backbone = backbone_of(pipe)
     _check_rewards(rewards, layer)
+    check_tokens(tokens)
     if depth is not None and depth != 0:
         backbone.check_depth(depth)
     latent_size = _check_images(backbone, pipe, source, probe_images, config)
@@ -128,7 +132,15 @@ def stitch(
     for number, one in enumerate(rewards):
         layers = sorted({layer or 1, *range(1, min(MAX_LAYER, one.num_layers) + 1)})
         search = search_stitch(
-            backbone, one, latents, probe, null_condition, layers=layers, seed=config.seed, progress=progress
+            backbone,
+            one,
+            latents,
+            probe,
+            null_condition,
+            layers=layers,
+            tokens=tokens,
+            seed=config.seed,
+            progress=progress,
         )
         if state.is_main_process:
             search.save(work_dir if len(rewards) == 1 else work_dir / f"search_{number}")
@@ -145,7 +157,7 @@ def stitch(
         text_options=text_options if config.prompt_share else None,
         progress=progress,
     )
-    cuts = "_".join(f"i{value.depth}_j{value.layer}" for value in values)
+    cuts = "_".join(f"i{value.depth}_j{value.layer}" for value in values) + "_literal" * (tokens == "literal")
     losses = finetune(values, rewards, targets, config, state_path=work_dir / f"state_{cuts}.pt", progress=progress)
     for value, terms in zip(values, losses, strict=True):
         value.backbone_licence = backbone_licence

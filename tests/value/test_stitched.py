@@ -23,9 +23,13 @@ def make_value(pipe, reward, images):
     backbone = backbone_of(pipe)
     null = backbone.null_condition(pipe, max_sequence_length=0)
     latents = encode_images(pipe.vae, images)
-    search = search_stitch(backbone, reward, latents, images, null, layers=[1, 2], progress=False)
+    searches = {
+        tokens: search_stitch(backbone, reward, latents, images, null, layers=[1, 2], tokens=tokens, progress=False)
+        for tokens in ("fitted", "literal")
+    }
 
-    def make(depth=2, layer=1):
+    def make(depth=2, layer=1, tokens="fitted"):
+        search = searches[tokens]
         return untrained_value(pipe, reward, search, depth, layer, (16, 16), null, {"max_sequence_length": 0})
 
     return make
@@ -41,6 +45,26 @@ def test_untrained_stitch_at_layer_1_is_resample_project_and_the_rest_of_the_rew
     patches = resampled @ value.stitch.project.weight.T + value.stitch.project.bias
     expected = reward.score(reward.forward_from(patches, 1), reward.encode_condition(condition.prompts))
     torch.testing.assert_close(value.value(latents, 0.4, condition), expected)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_literal_tokens_enter_the_block_with_input_class_token_and_position(
+    make_value, pipe, reward, latents, condition, tmp_path, layer
+):
+    value = make_value(depth=2, layer=layer, tokens="literal")
+    assert value.stitch.position is None and value.stitch.prefix is None
+    patches = value.stitch(value.tokens(latents, 0.4), (8, 8))
+    tokens = reward.enter(patches)
+    for block in reward.blocks[layer - 1 :]:
+        tokens = block(tokens)
+    expected = reward.score(reward.finish(tokens), reward.encode_condition(condition.prompts))
+    found = value.value(latents, 0.4, condition)
+    torch.testing.assert_close(found, expected)
+    value.save_pretrained(tmp_path)
+    again = StitchedValue.from_pretrained(tmp_path, pipe)
+    again.suffix.text = reward.text
+    assert torch.equal(again.value(latents, 0.4, condition), found)
+    assert not any(f"resblocks.{below}." in name for below in range(layer - 1) for name in value.state_dict())
 
 
 def test_resampling_and_projection_commute(make_value):
@@ -233,6 +257,13 @@ def test_stitch_end_to_end_lowers_the_distillation_loss(pipe, reward, images, tm
     assert not any(p.requires_grad for p in value.parameters())
 
 
+def test_stitch_with_literal_tokens(pipe, reward, images, tmp_path):
+    value = run_stitch(pipe, reward, images, tmp_path, depth=2, layer=2, tokens="literal")
+    assert value.config()["tokens"] == json.loads((tmp_path / "search.json").read_text())["tokens"] == "literal"
+    run_stitch(pipe, reward, images, tmp_path, depth=2, layer=2)  # beside the other's state
+    assert len(list(tmp_path.glob("state_i2_j2*.pt"))) == 2
+
+
 def test_interrupted_and_resumed_equals_uninterrupted(make_value, pipe, reward, images, tmp_path):
     targets = cache_targets(tmp_path / "targets", pipe, reward, images, progress=False)
     whole, begun, resumed = make_value(1, 2), make_value(1, 2), make_value(1, 2)
@@ -266,6 +297,7 @@ def test_nan_stops_with_step_and_term(pipe, reward, images, tmp_path):
     [
         ({"depth": 9}, "kept blocks in 1..4"),
         ({"layer": 4}, "reward block in 1..3"),
+        ({"tokens": "mean"}, "tokens: expected one of"),
         ({"config": FinetuneConfig(batch_size=64)}, r"at least probe_images \+ batch_size"),
     ],
 )
