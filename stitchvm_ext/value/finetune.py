@@ -93,11 +93,12 @@ class FinetuneConfig:
 
 
 class _Trained(nn.Module):
-    """Stitch and suffix of every value: what data parallelism wraps. The backbone is no part of it."""
+    """Stitch and suffix of every value: what data parallelism wraps. Backbone and null text are no part of it."""
 
     def __init__(self, values: Sequence[StitchedValue]):
         super().__init__()
-        self.values = nn.ModuleList(values)
+        self.parts = nn.ModuleList(nn.ModuleList([value.stitch, value.suffix]) for value in values)
+        object.__setattr__(self, "values", tuple(values))
 
     def forward(self, tokens: list[Tensor]) -> list[RewardOutput]:
         return [value(t) for value, t in zip(self.values, tokens, strict=True)]
@@ -165,7 +166,6 @@ def finetune(
         module = DistributedDataParallel(
             trained,
             device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
             find_unused_parameters=True,  # rewards may have weights that distillation does not reach
         )
 

@@ -107,7 +107,9 @@ def cache_targets(
     def encode(x: Tensor) -> dict[str, Tensor]:
         return {"latents": backbone.encode_images(pipe.vae, x.to(pipe.vae.device))}
 
-    vae = {**pipe.vae.config, "weights": _weights_hash(pipe.vae)}
+    # Of the configuration's own entries some are in another order in every process.
+    vae = {name: setting for name, setting in pipe.vae.config.items() if not name.startswith("_")}
+    vae["weights"] = _weights_hash(pipe.vae)
     tasks = [(ShardWriter(folder / "latents", {**read, "vae": vae}, shard_size), encode)]
     for reward in rewards:
 
