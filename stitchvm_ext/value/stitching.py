@@ -145,9 +145,12 @@ def stitch(
         if state.is_main_process:
             search.save(work_dir if len(rewards) == 1 else work_dir / f"search_{number}")
         i, j = from_main(state, _pick(search, depth, layer))
-        values.append(
-            untrained_value(pipe, one, search, i, j, latent_size, null_condition, text_options, config.prompt_share > 0)
-        )
+        with torch.random.fork_rng(devices=[]):  # the stitch's MLP has random weights before its zero layer
+            torch.manual_seed(config.seed)
+            value = untrained_value(
+                pipe, one, search, i, j, latent_size, null_condition, text_options, config.prompt_share > 0
+            )
+        values.append(value)
     targets = cache_targets(
         work_dir / "targets",
         pipe,

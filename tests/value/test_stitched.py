@@ -264,6 +264,14 @@ def test_stitch_with_literal_tokens(pipe, reward, images, tmp_path):
     assert len(list(tmp_path.glob("state_i2_j2*.pt"))) == 2
 
 
+def test_the_same_call_gives_the_same_weights(pipe, reward, images, tmp_path):
+    one = run_stitch(pipe, reward, images, tmp_path / "one", depth=2, layer=2)
+    torch.rand(1)
+    two = run_stitch(pipe, reward, images, tmp_path / "two", depth=2, layer=2)
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, two.state_dict()[name]), name
+
+
 def test_interrupted_and_resumed_equals_uninterrupted(make_value, pipe, reward, images, tmp_path):
     targets = cache_targets(tmp_path / "targets", pipe, reward, images, progress=False)
     whole, begun, resumed = make_value(1, 2), make_value(1, 2), make_value(1, 2)
