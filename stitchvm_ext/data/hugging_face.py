@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from .source import ImageRecord, ImageSource, open_bytes
+from .source import ImageRecord, ImageSource
 
 CAPTION_COLUMNS = ("text", "caption")
 
@@ -26,14 +26,17 @@ class HuggingFaceImages(ImageSource):
     """
 
     def __init__(self, dataset, image_column: str | None = None, caption_column: str | None = None):
-        import datasets
+        try:
+            import datasets
+        except ImportError as error:
+            raise ImportError("images: datasets need `pip install stitchvm_ext[data]`") from error
+        from PIL import Image
 
         if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
             raise TypeError(f"images: expected a Dataset or an IterableDataset, got {type(dataset).__name__}")
-        features = dataset.features
-        if features is None:  # a stream whose columns are known once its first row is
-            features = dataset._resolve_features().features
-        typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        # A stream may not know its columns; its first row shows them.
+        features = next(iter(dataset), {}) if dataset.features is None else dataset.features
+        typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image | Image.Image)]
         if image_column is None:
             if len(typed) != 1:
                 raise ValueError(
@@ -49,7 +52,7 @@ class HuggingFaceImages(ImageSource):
         self.image_column, self.caption_column = image_column, caption_column
         self.original = dataset
         self.dataset = dataset.select_columns(list(filter(None, (image_column, caption_column))))
-        if image_column in typed:
+        if isinstance(features[image_column], datasets.Image):
             self.dataset = self.dataset.cast_column(image_column, datasets.Image(decode=False))
 
     def records(self, start: int = 0) -> Iterator[ImageRecord]:
@@ -69,8 +72,7 @@ class HuggingFaceImages(ImageSource):
         info = self.original.info
         digest = hashlib.sha256(f"{info.builder_name} {info.config_name} {info.version} {info.splits}".encode())
         for row in islice(self.dataset, 8):
-            image = row[self.image_column]
-            digest.update(image["bytes"] or str(image["path"]).encode() if isinstance(image, dict) else b"")
+            digest.update(_content(row[self.image_column]))
         return {"kind": "datasets stream", "split": str(self.original.split), "digest": digest.hexdigest(), **columns}
 
 
@@ -80,8 +82,13 @@ def _name(number: int, image: Any) -> str:
 
 
 def _open(image: Any):
-    from PIL import Image
+    import datasets
 
-    if not isinstance(image, dict):  # decoded already, by a stream's own function
-        return image
-    return open_bytes(image["bytes"]) if image["bytes"] is not None else Image.open(image["path"])
+    # What is no file is decoded already, by a stream's own function.
+    return datasets.Image().decode_example(image) if isinstance(image, dict) else image
+
+
+def _content(image: Any) -> bytes:
+    if isinstance(image, dict):
+        return image["bytes"] or str(image["path"]).encode()
+    return image.tobytes()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -108,13 +107,6 @@ class ImageSource(ABC):
 def as_unit_images(images: Tensor) -> Tensor:
     """uint8 in 0..255 or float in [0, 1] -> float32 in [0, 1]."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
-
-
-def open_bytes(data: bytes):
-    """A PIL image of a file's content."""
-    from PIL import Image
-
-    return Image.open(io.BytesIO(data))
 
 
 def _text(size: Sequence[int]) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .files import EXTENSIONS
-from .source import ImageRecord, ImageSource, open_bytes
+from .source import ImageRecord, ImageSource
 
 
 class WebDatasetImages(ImageSource):
@@ -51,7 +53,7 @@ class WebDatasetImages(ImageSource):
             try:
                 for sample in samples:
                     yield _record(shard, sample)
-            except (OSError, EOFError) as error:  # tarfile's errors are OSErrors
+            except (OSError, EOFError, tarfile.TarError) as error:
                 raise OSError(f"images: {shard} cannot be read as a webdataset shard: {error}") from error
 
     def identity(self) -> dict[str, Any]:
@@ -65,12 +67,14 @@ class WebDatasetImages(ImageSource):
 
 
 def _record(shard: Path, sample: dict[str, Any]) -> ImageRecord:
+    from PIL import Image
+
     name = f"{shard}: {sample['__key__']}"
     found = [ending for ending in sample if f".{ending.rsplit('.')[-1].lower()}" in EXTENSIONS]
     if not found:
         endings = sorted(ending for ending in sample if not ending.startswith("__"))
         raise ValueError(f"images: expected an image in the sample {name}, got {endings}")
-    return ImageRecord(name, lambda: open_bytes(sample[found[0]]), _caption(name, sample))
+    return ImageRecord(name, lambda: Image.open(io.BytesIO(sample[found[0]])), _caption(name, sample))
 
 
 def _caption(name: str, sample: dict[str, Any]) -> str | None:
