@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,7 +68,7 @@ class StepData:
     def of(cls, seed: int, step: int, count: int, batch_size: int, prompt_share: float) -> StepData:
         """The data of a step over ``count`` images."""
         epoch, position = divmod(step, max(1, count // batch_size))
-        order = np.random.default_rng((seed, epoch)).permutation(count)
+        order = _order(seed, epoch, count)
         index = torch.from_numpy(order[position * batch_size : (position + 1) * batch_size])
         generator = _generator(seed, step)
         sigma = centre_biased_sigmas(len(index), generator)
@@ -78,6 +79,11 @@ class StepData:
         """Noise [R, *shape] of some rows of the step, each from a generator of its own."""
         draws = [torch.randn(tuple(shape), generator=_generator(self.seed, self.step, r)) for r in rows.tolist()]
         return torch.stack(draws)
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def _generator(*key: int) -> torch.Generator:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ..backbones import expand_rows, expand_sigma, is_same_encoding
+from ..backbones import Encoding, expand_rows, expand_sigma, is_same_encoding
 from ..backbones.identity import fingerprint
 from ..rewards.base import RewardModel, RewardOutput
 from .distillation import StepData, distillation_loss
@@ -26,7 +29,7 @@ from .targets import DistillationTargets
 from .training_state import load_state, save_state
 
 # What may differ between a run and the one that goes on from its state: it changes where and when steps are computed.
-EXECUTION = ("gradient_accumulation_steps", "save_every")
+EXECUTION = ("gradient_accumulation_steps", "encode_batch_size", "save_every")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class FinetuneConfig:
         seed: of batches, noise levels and noise.
         gradient_accumulation_steps: forward and backward passes per optimiser step in each process; a pass has
             ``batch_size / (processes * gradient_accumulation_steps)`` images.
+        encode_batch_size: images per pass of the autoencoder and of the teacher, when targets are computed.
         mixed_precision: "no", or "bf16": the stitch and the suffix run under autocast, their weights stay float32.
         prompt_share: share of the batches in which the backbone reads the images' own captions, not the null text; more
             than 0 makes the value prompt-conditioned.
@@ -59,11 +63,12 @@ class FinetuneConfig:
     save_every: int = 200
     seed: int = 0
     gradient_accumulation_steps: int = 1
+    encode_batch_size: int = 16
     mixed_precision: str = "no"
     prompt_share: float = 0.0
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "save_every", "gradient_accumulation_steps"):
+        for name in ("epochs", "batch_size", "save_every", "gradient_accumulation_steps", "encode_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "stitch_multiplier", "max_grad_norm"):
@@ -169,20 +174,24 @@ def finetune(
             find_unused_parameters=True,  # rewards may have weights that distillation does not reach
         )
 
-    own = range(state.process_index, state.num_processes * config.gradient_accumulation_steps, state.num_processes)
+    # Pass p of a step, of all passes in all processes, has the rows p, p + passes, p + 2 passes ...
+    passes = state.num_processes * config.gradient_accumulation_steps
+    own = [torch.arange(p, config.batch_size, passes) for p in range(state.process_index, passes, state.num_processes)]
+    steps = (
+        StepData.of(config.seed, step, len(targets), config.batch_size, config.prompt_share)
+        for step in range(start, stop)
+    )
+    batches = _read_ahead(partial(_read, targets, data, rows) for data in steps for rows in own)
     bar = tqdm(
         range(start, stop), initial=start, total=stop, desc="finetune", disable=not (progress and state.is_main_process)
     )
     for step in bar:
-        data = StepData.of(config.seed, step, len(targets), config.batch_size, config.prompt_share)
         for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = rate * config.rate(step, total)
         summed: dict[tuple[int, str], Tensor] = {}
-        for part in own:
-            rows = torch.arange(part, config.batch_size, own.stop)
-            tokens, wanted = _batch(values, targets, data, rows, device)
-            last = part == own[-1]
-            with nullcontext() if last or module is trained else module.no_sync():
+        for number, batch in enumerate(islice(batches, len(own)), 1):
+            tokens, wanted = _enter(values, batch, device)
+            with nullcontext() if number == len(own) or module is trained else module.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
                     outputs = module(tokens)
                 losses = {
@@ -268,22 +277,55 @@ def _identity(values: list[StitchedValue], targets: DistillationTargets, config:
     }
 
 
-@torch.no_grad()
-def _batch(
-    values: list[StitchedValue], targets: DistillationTargets, data: StepData, rows: Tensor, device: torch.device
-) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """Some rows of a step: the tokens that each value's stitch reads, and each teacher's tokens and embeddings."""
+@dataclass(frozen=True)
+class _Batch:
+    """What one pass reads, on the CPU: clean latents, each teacher's tokens and embeddings, noise, noise levels, and
+    the encodings of the captions (None for the null text).
+    """
+
+    clean: Tensor
+    wanted: list[tuple[Tensor, Tensor]]
+    noise: Tensor
+    sigma: Tensor
+    encoding: Encoding | None
+
+
+def _read(targets: DistillationTargets, data: StepData, rows: Tensor) -> _Batch:
+    """Some rows of a step."""
     index = data.index[rows]
-    clean, wanted = targets.batch(index, device)
-    sigma = data.sigma[rows].to(device)
+    clean, wanted = targets.batch(index)
+    encoding = targets.encodings(index) if data.prompted else None
+    return _Batch(clean, wanted, data.noise(rows, clean.shape[1:]), data.sigma[rows], encoding)
+
+
+def _read_ahead(calls: Iterable[Callable[[], _Batch]]) -> Iterator[_Batch]:
+    """The results of calls, in order; while one is used, a thread makes the next."""
+    with ThreadPoolExecutor(1) as pool:
+        running = None
+        for call in calls:
+            done, running = running, pool.submit(call)
+            if done is not None:
+                yield done.result()
+        if running is not None:
+            yield running.result()
+
+
+@torch.no_grad()
+def _enter(
+    values: list[StitchedValue], batch: _Batch, device: torch.device
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """The tokens that each value's stitch reads, and each teacher's tokens and embeddings in float32, on the device."""
+    clean, sigma = batch.clean.to(device), batch.sigma.to(device)
     mix = expand_sigma(sigma, clean)
-    noisy = (1 - mix) * clean + mix * data.noise(rows, clean.shape[1:]).to(device)
-    null = expand_rows(values[0].null_condition, len(index))
-    encoding = targets.encodings(index, device) if data.prompted else null
+    noisy = (1 - mix) * clean + mix * batch.noise.to(device)
+    encoding = expand_rows(values[0].null_condition, len(clean))
+    if batch.encoding is not None:
+        encoding = {name: rows.to(device) for name, rows in batch.encoding.items()}
+    wanted = [(tokens.to(device).float(), embeddings.to(device)) for tokens, embeddings in batch.wanted]
     return prefix_tokens(values, noisy, sigma, encoding), wanted
 
 
-def prefix_tokens(values: Sequence[StitchedValue], latents: Tensor, sigma: Tensor, encoding) -> list[Tensor]:
+def prefix_tokens(values: Sequence[StitchedValue], latents: Tensor, sigma: Tensor, encoding: Encoding) -> list[Tensor]:
     """What :meth:`StitchedValue.tokens` gives for each value, from one pass through the backbone."""
     depths = sorted({value.depth for value in values if value.depth})
     if depths:

@@ -125,7 +125,7 @@ def stitch(
     null_condition = backbone.null_condition(pipe, **text_options)
     probe = source.load(list(islice(source.records(), probe_images)))
     latents = torch.cat(
-        [backbone.encode_images(pipe.vae, x.to(pipe.vae.device)) for x in probe.split(config.batch_size)]
+        [backbone.encode_images(pipe.vae, x.to(pipe.vae.device)) for x in probe.split(config.encode_batch_size)]
     )
     progress = progress and state.is_main_process
     values = []
@@ -157,6 +157,7 @@ def stitch(
         rewards,
         source,
         skip=probe_images,
+        batch_size=config.encode_batch_size,
         text_options=text_options if config.prompt_share else None,
         progress=progress,
     )

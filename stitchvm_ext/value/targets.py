@@ -48,16 +48,14 @@ class DistillationTargets:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def batch(self, index: Tensor, device: torch.device) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Latents of some images, and tokens and embeddings of every teacher, float32 on a device."""
-        latents = self.latents.rows(index)["latents"].to(device)
+    def batch(self, index: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Latents of some images, and tokens and embeddings of every teacher, as they are stored."""
         rows = [teacher.rows(index) for teacher in self.teachers]
-        return latents, [(r["tokens"].to(device).float(), r["embeddings"].to(device)) for r in rows]
+        return self.latents.rows(index)["latents"], [(r["tokens"], r["embeddings"]) for r in rows]
 
-    def encodings(self, index: Tensor, device: torch.device) -> Encoding:
+    def encodings(self, index: Tensor) -> Encoding:
         """The backbone's encoding of the captions of some images."""
-        found = stack_rows([self.text.row(n) for n in index.tolist()])
-        return {name: rows.to(device) for name, rows in found.items()}
+        return stack_rows([self.text.row(n) for n in index.tolist()])
 
 
 def _weights_hash(module: nn.Module) -> str:
@@ -77,7 +75,7 @@ def cache_targets(
     images: Any,
     *,
     skip: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 16,
     shard_size: int = SHARD_SIZE,
     text_options: dict[str, Any] | None = None,
     progress: bool = True,

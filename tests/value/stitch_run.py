@@ -10,6 +10,7 @@ rest to another call.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import random
 import signal
@@ -22,10 +23,11 @@ import torch
 sys.path.append(str(Path(__file__).parents[2]))  # last: what is installed is tested
 
 from stitchvm_ext import stitch  # noqa: E402
-from stitchvm_ext.value import FinetuneConfig  # noqa: E402
+from stitchvm_ext.value import FinetuneConfig, stitching  # noqa: E402
 from tests import tiny  # noqa: E402
 
 KILLS = 10
+stitching.cache_targets = functools.partial(stitching.cache_targets, shard_size=8)  # for several of them
 
 
 def run(args: argparse.Namespace) -> None:

@@ -220,7 +220,7 @@ def test_prompted_batches_read_the_captions(make_values, rewards, targets, monke
     assert {data.prompted for data in steps} == {False, True}
     null = values[0].null_condition
     for data, encoding in zip(steps, read, strict=True):
-        expected = targets.encodings(data.index, torch.device("cpu")) if data.prompted else null
+        expected = targets.encodings(data.index) if data.prompted else null
         for name, rows in encoding.items():
             assert torch.equal(rows, expected[name].expand_as(rows))
 

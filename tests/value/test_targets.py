@@ -12,8 +12,6 @@ from stitchvm_ext.value.sharded import ShardedTensors
 from stitchvm_ext.value.targets import cache_targets
 from tests import tiny
 
-CPU = torch.device("cpu")
-
 
 class Counted(TensorImages):
     """Images that count how often each is decoded, and that may end the run at one of them."""
@@ -38,12 +36,13 @@ def cache(folder, pipe, rewards, source, **options):
 def test_rows_are_latents_and_the_teachers_outputs(pipe, reward, images, tmp_path):
     targets = cache(tmp_path, pipe, reward, images, skip=3)
     index = torch.tensor([0, 7, 20, 4])  # of several shards, out of order
-    latents, [(tokens, embeddings)] = targets.batch(index, CPU)
+    latents, [(tokens, embeddings)] = targets.batch(index)
     with torch.no_grad():
         output = reward.output(images[3:][index])
     assert len(targets) == len(images) - 3 and latents.shape == (4, 4, 16, 16)
     torch.testing.assert_close(embeddings, output.normalized)
-    torch.testing.assert_close(tokens, output.tokens, rtol=1e-3, atol=1e-2)
+    assert tokens.dtype == torch.float16
+    torch.testing.assert_close(tokens.float(), output.tokens, rtol=1e-3, atol=1e-2)
     manifest = json.loads((tmp_path / "latents" / "manifest.json").read_text())
     assert manifest["count"] == 21 and manifest["tensors"]["latents"] == {"dtype": "F32", "shape": [4, 16, 16]}
     assert manifest["identity"]["images"] == TensorImages(images).identity()
@@ -67,7 +66,7 @@ def test_an_interrupted_run_goes_on_at_the_next_shard(pipe, reward, images, tmp_
     assert again.decoded == list(range(10, 24))
     whole = cache(tmp_path / "whole", pipe, reward, images)
     every = torch.arange(24)
-    for a, b in zip(targets.batch(every, CPU)[1][0], whole.batch(every, CPU)[1][0], strict=True):
+    for a, b in zip(targets.batch(every)[1][0], whole.batch(every)[1][0], strict=True):
         assert torch.equal(a, b)
     assert targets.digest == whole.digest
     once_more = Counted(images)
@@ -77,10 +76,10 @@ def test_an_interrupted_run_goes_on_at_the_next_shard(pipe, reward, images, tmp_
 
 def test_other_images_are_computed_anew(pipe, reward, images, tmp_path):
     every = torch.arange(14)
-    before = cache(tmp_path, pipe, reward, images[:14]).batch(every, CPU)[0]
+    before = cache(tmp_path, pipe, reward, images[:14]).batch(every)[0]
     first = cache(tmp_path, pipe, reward, images)
     after = cache(tmp_path, pipe, reward, images[:14].flip(0))
-    torch.testing.assert_close(after.batch(every, CPU)[0], before.flip(0))
+    torch.testing.assert_close(after.batch(every)[0], before.flip(0))
     assert len(after) == 14 and len(list((tmp_path / "latents").glob("*.safetensors"))) == 3
     assert first.digest != after.digest
 
@@ -96,9 +95,9 @@ def test_another_reward_leaves_the_latents_as_they_are(pipe, images, tmp_path):
     after = cache(tmp_path, pipe, [new, old], images)
     assert (tmp_path / "latents" / "00000.safetensors").stat().st_mtime_ns == stamp
     every = torch.arange(24)
-    (_, mirrored), (_, same) = after.batch(every, CPU)[1]
-    torch.testing.assert_close(mirrored, -before.batch(every, CPU)[1][0][1])
-    assert torch.equal(same, before.batch(every, CPU)[1][0][1])
+    (_, mirrored), (_, same) = after.batch(every)[1]
+    torch.testing.assert_close(mirrored, -before.batch(every)[1][0][1])
+    assert torch.equal(same, before.batch(every)[1][0][1])
 
 
 def test_captions_are_stored_and_encoded(pipe, reward, images, tmp_path):
@@ -110,7 +109,7 @@ def test_captions_are_stored_and_encoded(pipe, reward, images, tmp_path):
     from stitchvm_ext.backbones import backbone_of
 
     expected = backbone_of(pipe).encode_text(pipe, [captions[8], captions[21]], **options)
-    found = targets.encodings(torch.tensor([6, 19]), CPU)
+    found = targets.encodings(torch.tensor([6, 19]))
     assert found.keys() == expected.keys()
     for name, rows in expected.items():
         torch.testing.assert_close(found[name], rows)
