@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -164,5 +165,7 @@ def stitch(
         "training images": len(targets),
         "training steps": config.epochs * (len(targets) // config.batch_size),
         **{f"final {name} loss": math.nan if not terms else terms[-1] for name, terms in losses.items()},
+        "closed-form search": search.summary(),
+        "training settings": asdict(config),
     }
     return value
