@@ -5,13 +5,26 @@ from __future__ import annotations
 from .base import DiffusionBackbone
 from .condition import Condition, Encoding, expand_rows, is_same_encoding, stack_rows
 from .conditioning import ConditioningTable, precompute_conditioning
+from .ddpm import DDPMBackbone
 from .flux import FluxBackbone
+from .hunyuan_dit import HunyuanDiTBackbone
+from .lumina2 import Lumina2Backbone
+from .pixart import PixArtBackbone
 from .process import DDPM, ForwardProcess, RectifiedFlow, ReversedFlow, expand_sigma
+from .sana import SanaBackbone
 from .sd3 import SD3Backbone
+from .unet import UNetBackbone
+from .wan import WanBackbone
 
 REGISTRY: dict[str, type[DiffusionBackbone]] = {
     "FluxTransformer2DModel": FluxBackbone,
+    "HunyuanDiT2DModel": HunyuanDiTBackbone,
+    "Lumina2Transformer2DModel": Lumina2Backbone,
+    "PixArtTransformer2DModel": PixArtBackbone,
     "SD3Transformer2DModel": SD3Backbone,
+    "SanaTransformer2DModel": SanaBackbone,
+    "UNet2DConditionModel": UNetBackbone,
+    "WanTransformer3DModel": WanBackbone,
 }
 """Adapter by the class name of the transformer or U-Net. A new backbone is one small class and one line here."""
 
@@ -40,14 +53,21 @@ __all__ = [
     "Condition",
     "ConditioningTable",
     "DDPM",
+    "DDPMBackbone",
     "DiffusionBackbone",
     "Encoding",
     "FluxBackbone",
     "ForwardProcess",
+    "HunyuanDiTBackbone",
+    "Lumina2Backbone",
+    "PixArtBackbone",
     "REGISTRY",
     "RectifiedFlow",
     "ReversedFlow",
     "SD3Backbone",
+    "SanaBackbone",
+    "UNetBackbone",
+    "WanBackbone",
     "backbone_of",
     "expand_rows",
     "expand_sigma",

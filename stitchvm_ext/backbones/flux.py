@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +23,7 @@ class FluxBackbone(DiffusionBackbone):
 
     text_options = ("max_sequence_length", "guidance")
     distilled_guidance = True
+    even_sigmas = True
 
     @property
     def latent_channels(self) -> int:
@@ -79,10 +79,6 @@ class FluxBackbone(DiffusionBackbone):
         if self.denoiser.config.guidance_embeds:
             encoding["guidance"] = torch.full((len(prompts),), float(guidance), device=embeds.device)
         return encoding
-
-    def timestep_options(self, config: dict[str, Any], steps: int, latent_hw: tuple[int, int]) -> dict[str, Any]:
-        options = super().timestep_options(config, steps, latent_hw)
-        return options if config.get("use_flow_sigmas") else {**options, "sigmas": np.linspace(1.0, 1 / steps, steps)}
 
 
 def image_ids(height: int, width: int) -> Tensor:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .base import patch_grid
+
 
 def packed_grid(latent_hw: tuple[int, int]) -> tuple[int, int]:
     """Token grid of a latent of size (H, W). Raises ValueError for odd sizes."""
-    h, w = (side // 2 for side in latent_hw)
-    if (2 * h, 2 * w) != tuple(latent_hw) or not (h and w):
-        raise ValueError(f"latents: expected height and width to be multiples of 2, got {tuple(latent_hw)}")
-    return h, w
+    return patch_grid(latent_hw, 2)
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -161,8 +161,8 @@ def guided_sample(
         with clock("encode"):
             condition = encode_condition(pipe, backbone, prompts, negatives, cfg_scale, text_options)
         with clock("sample"):
-            if latents is None:  # in the model's dtype, as the pipeline draws it
-                latents = draw_all(sources, shape[1:], backbone.dtype)
+            if latents is None:
+                latents = draw_all(sources, shape[1:], torch.float32 if backbone.float32_noise else backbone.dtype)
             latents = backbone.process.flow_latents(latents.to(backbone.device, torch.float32), sigmas[:1])
             with progress_bar(len(chunks) * num_inference_steps, progress) as bar:
                 done = [
@@ -205,16 +205,13 @@ def encode_condition(
     Each distinct text is encoded once and alone: in a batch its encoding would depend, in the last bits, on the other
         texts.
     """
-    cache: dict[str, Encoding] = {}
 
-    def rows(texts: list[str]) -> Encoding:
-        for text in dict.fromkeys(texts):
-            if text not in cache:
-                cache[text] = backbone.encode_text(pipe, [text], **options)
-        return stack_rows([cache[text] for text in texts])
+    def rows(texts: list[str], encode: Callable[..., Encoding]) -> Encoding:
+        encoded = {text: encode(pipe, [text], **options) for text in dict.fromkeys(texts)}
+        return stack_rows([encoded[text] for text in texts])
 
-    uncond = rows(negatives) if guidance_scale > 1 else None
-    return Condition(tuple(prompts), rows(prompts), uncond, guidance_scale)
+    uncond = rows(negatives, backbone.encode_negative) if guidance_scale > 1 else None
+    return Condition(tuple(prompts), rows(prompts, backbone.encode_text), uncond, guidance_scale)
 
 
 @torch.no_grad()

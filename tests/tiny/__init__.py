@@ -35,15 +35,16 @@ def tiny_transformer(seed: int = 0, depth: int = 4):
     )  # fmt: skip
 
 
-def tiny_autoencoder(seed: int = 0):
+def tiny_autoencoder(seed: int = 0, shift_factor: float | None = 0.06, levels: int = 2):
+    """2^(levels - 1) pixels per latent position."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
     return (
         AutoencoderKL(
-            sample_size=32, block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5,
+            sample_size=32, block_out_channels=(8,) * levels, layers_per_block=1, latent_channels=4, norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+            use_quant_conv=False, use_post_quant_conv=False, shift_factor=shift_factor, scaling_factor=1.5,
         )
         .eval()
         .requires_grad_(False)

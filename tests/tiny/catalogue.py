@@ -11,9 +11,26 @@ from collections.abc import Callable
 
 from . import tiny_pipeline
 from .flux import tiny_flux
+from .hunyuan_dit import tiny_hunyuan_dit
+from .lumina2 import tiny_lumina2
+from .pixart import tiny_pixart
+from .sana import tiny_sana
+from .unet import tiny_sd15, tiny_sdxl
+from .wan import tiny_wan
 
 PIPELINES: dict[str, Callable[[], object]] = {
     "flux-dev": tiny_flux,
     "flux-schnell": functools.partial(tiny_flux, guidance_embeds=False),
+    "hunyuan-dit": tiny_hunyuan_dit,
+    "hunyuan-dit-1.2": functools.partial(tiny_hunyuan_dit, version=1.2),
+    "lumina2": tiny_lumina2,
+    "pixart-alpha": functools.partial(tiny_pixart, alpha=True),
+    "pixart-sigma": tiny_pixart,
+    "sana": tiny_sana,
+    "sd15": tiny_sd15,
+    "sd2-v": functools.partial(tiny_sd15, prediction_type="v_prediction"),
     "sd3": tiny_pipeline,
+    "sdxl": tiny_sdxl,
+    "sdxl-v": functools.partial(tiny_sdxl, prediction_type="v_prediction", zero_snr=True),
+    "wan": tiny_wan,
 }
