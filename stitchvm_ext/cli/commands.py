@@ -61,14 +61,14 @@ def search(
     import torch
 
     from ..backbones import backbone_of
-    from ..evaluation.images import image_files, read_images
+    from ..evaluation import image_files, read_images
     from ..value import search_stitch
 
     files = image_files(images)
     if not 8 <= probe_images <= len(files):
         raise ValueError(f"probe_images: expected 8 to {len(files)}, the pictures in {images}, got {probe_images}")
-    pipe = backbone.load()
-    adapter, scorer = backbone_of(pipe), reward.load(pipe.device)
+    scorer, pipe = reward.load(backbone.torch_device), backbone.load()
+    adapter = backbone_of(pipe)
     probe = read_images(files[-probe_images:], size.pixels(pipe)).float() / 255
     latents = torch.cat([adapter.encode_images(pipe.vae, x.to(pipe.vae.device)) for x in probe.split(8)])
     null = adapter.null_condition(pipe, **_text_options(max_sequence_length))
@@ -109,14 +109,14 @@ def train(
         backbone_licence: of the pipeline's weights, for the model card.
         config: the finetuning.
     """
-    from ..evaluation.images import image_files, read_images
+    from ..evaluation import image_files, read_images
     from ..value import stitch
 
     files = image_files(images)
-    pipe = backbone.load()
+    scorer, pipe = reward.load(backbone.torch_device), backbone.load()
     value = stitch(
         pipe,
-        reward.load(pipe.device),
+        scorer,
         read_images(files, size.pixels(pipe)),
         depth=depth,
         layer=layer,
@@ -176,8 +176,7 @@ def evaluate(
         raise ValueError(f"write_card: expected folders, got {', '.join(remote)}")
     data = read_evaluation_set(format, annotations, images)
     data = data if limit is None else data.head(limit)
-    pipe = backbone.load()
-    scorer = reward.load(pipe.device)
+    scorer, pipe = reward.load(backbone.torch_device), backbone.load()
     estimators = {name: StitchedValue.from_pretrained(name, pipe) for name in value}
     if tweedie:
         estimators["Tweedie"] = TweedieValue(pipe, scorer)

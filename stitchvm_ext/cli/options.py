@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -49,6 +50,20 @@ class Backbone:
     device: str = "auto"
     dtype: Dtype = "auto"
 
+    @property
+    def torch_device(self):
+        """Raises ValueError where PyTorch does not know the device, or finds no GPU."""
+        import torch
+
+        has_gpu = torch.cuda.is_available()
+        try:
+            device = torch.device(self.device if self.device != "auto" else "cuda" if has_gpu else "cpu")
+        except RuntimeError as error:
+            raise ValueError(f"device: expected such as cuda, cuda:1 or cpu, got {self.device!r}") from error
+        if device.type == "cuda" and not has_gpu:
+            raise ValueError(f"device: expected cpu, as PyTorch finds no GPU, got {self.device!r}")
+        return device
+
     def load(self):
         """The pipeline, frozen, on its device. Raises OSError where it cannot be loaded."""
         import torch
@@ -58,22 +73,24 @@ class Backbone:
         from ..backbones import backbone_of
 
         hide_loading_bars()
-        device = "cuda" if self.device == "auto" and torch.cuda.is_available() else self.device
-        device = torch.device("cpu" if device == "auto" else device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device: expected cpu, as PyTorch finds no GPU, got {self.device}")
-        dtype = self.dtype if self.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+        device = self.torch_device
+        name = self.dtype if self.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+        dtype = getattr(torch, name)
         if self.backbone == "playground":
             pipe = playground.load_pipeline()
+            if dtype != torch.float32:
+                pipe.to(dtype)
         else:
             try:
-                pipe = DiffusionPipeline.from_pretrained(self.backbone, torch_dtype=getattr(torch, dtype))
+                with warnings.catch_warnings():  # newer releases call it dtype, older ones know no such argument
+                    warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
+                    pipe = DiffusionPipeline.from_pretrained(self.backbone, torch_dtype=dtype)
             except Exception as error:  # a missing or damaged file fails in any of half a dozen libraries
                 message = str(error).strip() or type(error).__name__
                 raise OSError(
                     f"backbone: {self.backbone} cannot be loaded as a diffusers pipeline: {message}"
                 ) from error
-        pipe.to(device, getattr(torch, dtype))
+        pipe.to(device)
         pipe.set_progress_bar_config(disable=True)
         backbone_of(pipe).denoiser.eval().requires_grad_(False)
         pipe.vae.eval().requires_grad_(False)
@@ -100,6 +117,7 @@ class Reward:
 
         if self.reward is None:
             return None
+        hide_loading_bars()
         options: dict[str, Any] = {}
         for option in self.reward_options:
             name, found, value = option.partition("=")

@@ -38,7 +38,7 @@ class NoiseLevelReport:
         """For the terminal."""
         head = f"{self.data}, {self.images} images of {self.size[0]} x {self.size[1]} pixels"
         if self.clean is not None:
-            head += f"; {self.metric} of the clean reward {self.clean:.3f}"
+            head += f"; the clean reward's own {self.metric} is {self.clean:.3f}"
         return "\n\n".join([head, *(f"{name}\n{rows_table(rows)}" for name, rows in self.curves.items())])
 
     def card_entry(self, name: str) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def _accuracy(found: dict[str, dict[str, Any]]) -> list[str]:
         height, width = entry["size"]
         lines.append(f"{data}: {entry['images']} images of {height} x {width} pixels.")
         if entry["clean"] is not None:
-            lines[-1] += f" The clean reward itself has a {entry['metric']} of {entry['clean']:.3f}."
+            lines[-1] += f" The clean reward's own {entry['metric']} is {entry['clean']:.3f}."
         names = [name for name in entry["rows"][0] if name != "sigma"]
         rows = [[_text(row["sigma"]), *(f"{row[name]:.3f}" for name in names)] for row in entry["rows"]]
         lines += ["", *_table(["noise level", *names], rows)]
@@ -96,8 +96,8 @@ def _closed_form(search: dict[str, Any] | None) -> list[str]:
     return [
         "## Closed-form search",
         "",
-        "Mean squared error (and fraction of variance unexplained) of the least-squares stitch from backbone depth i to",
-        f"reward block j on held-out images, {search['tokens']} tokens. The search's pick is in bold.",
+        "Mean squared error (and fraction of variance unexplained) of the least-squares stitch from backbone depth i",
+        f"to reward block j on held-out images, {search['tokens']} tokens. The search's pick is in bold.",
         "",
         *_table(["i", *(f"j = {j}" for j in layers)], rows),
     ]

@@ -103,7 +103,7 @@ def test_report(pipe, reward, value, tmp_path):
     found = read_evaluation_set("hpdv2", *data.write_hpdv2(tmp_path))
     report = evaluate_noise_levels(pipe, {"mine": value}, found, reward=reward, sigmas=(0.1, 0.5), progress=False)
     table = report.table()
-    assert "HPDv2, 6 images of 64 x 64 pixels" in table and "preference accuracy of the clean reward" in table
+    assert "HPDv2, 6 images of 64 x 64 pixels" in table and "the clean reward's own preference accuracy is" in table
     assert len([line for line in table.splitlines() if line.strip().startswith("0.")]) == 2
     report.save(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "accuracy.json").read_text())["curves"] == report.curves
