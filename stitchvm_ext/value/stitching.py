@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..backbones import backbone_of
+from ..backbones.distilled import warn_if_few_step
 from ..backbones.identity import latent_space
-from ..backbones.latents import encode_images
 from ..rewards.base import RewardModel, skip_blocks
 from ..rewards.sum import RewardSum
 from .finetune import FinetuneConfig, finetune
@@ -133,12 +133,15 @@ def stitch(
             f"images: expected at least probe_images + batch_size = {probe_images + config.batch_size}, "
             f"got {len(images)}"
         )
+    warn_if_few_step(pipe, backbone.denoiser)
     work_dir = Path(work_dir)
 
     text_options = dict(text_options or {})
     null_condition = backbone.null_condition(pipe, **text_options)
     probe = as_unit_images(images[-probe_images:])
-    latents = torch.cat([encode_images(pipe.vae, x.to(pipe.vae.device)) for x in probe.split(config.batch_size)])
+    latents = torch.cat(
+        [backbone.encode_images(pipe.vae, x.to(pipe.vae.device)) for x in probe.split(config.batch_size)]
+    )
     layers = sorted({layer or 1, *range(1, min(MAX_LAYER, reward.num_layers) + 1)})
     search = search_stitch(
         backbone,
