@@ -14,9 +14,11 @@ import torch
 from harness import RESULTS, save
 
 from stitchvm_ext import MonteCarloValue, TweedieValue
+from stitchvm_ext.evaluation import SIGMAS, retrieval_at_1, spearman
+from stitchvm_ext.evaluation.report import plot_curves, rows_table
 from stitchvm_ext.playground import load_pipeline, load_reward, load_value
-from stitchvm_ext.playground.demo import plot_accuracy
-from stitchvm_ext.playground.experiments import SIGMAS, held_out, noise_level_accuracy, noisy_latents, spearman
+from stitchvm_ext.playground.demo import PANELS
+from stitchvm_ext.playground.experiments import held_out, noise_level_accuracy, noisy_latents
 
 
 def main() -> None:
@@ -37,7 +39,7 @@ def main() -> None:
     accuracy = {}
     for name, estimator in estimators.items():
         accuracy[name] = noise_level_accuracy(estimator, data, head)
-        print(f"\n{name}\n" + table(accuracy[name]), flush=True)
+        print(f"\n{name}\n" + rows_table(accuracy[name]), flush=True)
 
     monte_carlo = MonteCarloValue(pipe, reward, args.rollouts)
     count = args.monte_carlo_latents
@@ -55,32 +57,16 @@ def main() -> None:
                 row[f"{name} spearman"] = spearman(value, truth)
                 row[f"{name} rmse"] = (value - truth).square().mean().sqrt().item()
         rows.append(row)
-    print(f"\nagainst Monte Carlo ({count} latents x {args.rollouts} rollouts)\n" + table(rows))
+    print(f"\nagainst Monte Carlo ({count} latents x {args.rollouts} rollouts)\n" + rows_table(rows))
 
     result = {
         "images": args.images,
-        "clean_r_at_1": noise_level_clean(data),
+        "clean_r_at_1": retrieval_at_1(data.embeddings, data.texts, data.own_texts),
         "accuracy": accuracy,
         "monte_carlo": {"latents": count, "rollouts": args.rollouts, "rows": rows},
     }
     print(f"\nclean reward's own R@1: {result['clean_r_at_1']:.3f}\nwrote {save('noise_levels', result)}")
-    plot_accuracy(accuracy, RESULTS / "noise_levels.png")
-
-
-def noise_level_clean(data) -> float:
-    """R@1 of the clean reward itself."""
-    from stitchvm_ext.playground.experiments import retrieval_at_1
-
-    return retrieval_at_1(data.embeddings, data.texts, data.captions)
-
-
-def table(rows: list[dict[str, float]]) -> str:
-    """Rows with a common header, three decimals."""
-    names = list(rows[0])
-    widths = [max(len(n), 7) for n in names]
-    lines = ["  ".join(n.rjust(w) for n, w in zip(names, widths, strict=True))]
-    lines += ["  ".join(f"{row[n]:.3f}".rjust(w) for n, w in zip(names, widths, strict=True)) for row in rows]
-    return "\n".join(lines)
+    plot_curves(accuracy, PANELS, RESULTS / "noise_levels.png")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,57 @@
-"""The `stitchvm` command."""
+"""The `stitchvm` command: from a folder of pictures to a value model, its accuracy and guided samples."""
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 
 import pytest
+import torch
+from PIL import Image
 
-from stitchvm_ext import __version__, cli
+from stitchvm_ext import StitchedValue, __version__, cli
 from stitchvm_ext.ops import _info
+from stitchvm_ext.playground import load_pipeline
+from tests.evaluation import data
+from tests.tiny import rewards, tiny_pipeline
 
 
-def run(monkeypatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["stitchvm", *arguments])
+def run(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["stitchvm", *map(str, arguments)])
     cli.main()
+
+
+def error_of(monkeypatch, *arguments: object) -> str:
+    """What the command ends with: one line, and no traceback."""
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *arguments)
+    assert isinstance(stop.value.code, str) and stop.value.code.startswith("stitchvm: ")
+    assert "\n" not in stop.value.code
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    data.write_pictures(folder, data.pictures(16), [f"{k:02d}.png" for k in range(16)])
+    return folder
+
+
+MODELS = ("--backbone", "playground", "--reward", "playground")
+
+
+@pytest.fixture(scope="module")
+def value(photos, tmp_path_factory):
+    """A value model that `stitchvm train` wrote, after two steps."""
+    folder = tmp_path_factory.mktemp("value") / "value"
+    with pytest.MonkeyPatch.context() as patch:
+        run(
+            patch, "train", *MODELS, "--images", photos, "--out", folder, "--probe-images", 8, "--depth", 1, "--layer",
+            1, "--config.epochs", 1, "--config.batch-size", 4, "--config.learning-rate", 1e-4, "--backbone-licence",
+            "Some Licence",
+        )  # fmt: skip
+    return folder
 
 
 def test_info_prints_versions_and_backends(monkeypatch, capsys):
@@ -21,13 +60,137 @@ def test_info_prints_versions_and_backends(monkeypatch, capsys):
     assert __version__ in printed and all(op in printed for op in _info.OPS)
 
 
-def test_user_errors_are_one_line(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("command", "least"), [("search", 14), ("train", 20), ("eval", 17), ("sample", 20)])
+def test_help_explains_every_option(monkeypatch, capsys, command, least):
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, "demo", "--prompts", "0", "--out", str(tmp_path / "out"))
-    assert stop.value.code == "stitchvm: prompts: expected at least 1, got 0"
+        run(monkeypatch, command, "--help")
+    assert stop.value.code == 0
+    lines = [line.strip("│| ") for line in capsys.readouterr().out.splitlines()]
+    helps = re.split(r"\n--(?=[a-z])", "\n".join(lines))[1:]
+    assert len(helps) >= least
+    for text in helps:  # words beside the option's name, its metavar and its default
+        words = text.split("(default")[0].split("(required")[0].split()[1:]
+        assert sum(word.strip(",.;").isalpha() and word == word.lower() for word in words) >= 1, text
 
 
-def test_an_unknown_subcommand_is_refused(monkeypatch, capsys):
+def test_search(monkeypatch, capsys, photos, tmp_path):
+    tiny_pipeline(t5=True).save_pretrained(tmp_path / "backbone")
+    rewards.write_open_clip(tmp_path / "clip")
+    run(
+        monkeypatch, "search", "--backbone", tmp_path / "backbone", "--reward", "clip", "--reward-path",
+        tmp_path / "clip", "--images", photos, "--probe-images", 12, "--max-sequence-length", 16, "--device", "cpu",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "out" / "search.json").read_text())
+    assert {(c["depth"], c["layer"]) for c in found["cells"]} == {(i, j) for i in range(5) for j in (1, 2, 3)}
+    assert "i \\ j" in capsys.readouterr().out and (tmp_path / "out" / "search.png").is_file()
+
+
+def test_train_writes_a_value_model_with_its_card(value):
+    loaded = StitchedValue.from_pretrained(value, load_pipeline())
+    assert (loaded.depth, loaded.layer, loaded.details["training steps"]) == (1, 1, 2)
+    assert loaded.details["training settings"]["learning_rate"] == 1e-4
+    card = (value / "README.md").read_text()
+    assert "- backbone: Some Licence" in card and "- reward: Apache-2.0" in card
+    assert "| learning_rate | 0.0001 |" in card
+    cells = {(c["depth"], c["layer"]): c for c in loaded.details["closed-form search"]["cells"]}
+    assert f"| 1 | {cells[1, 1]['mse']:.4f} ({cells[1, 1]['unexplained']:.3f}) |" in card
+    assert (value.parent / "value.work" / "search.json").is_file()
+
+
+@pytest.mark.parametrize("format", ["coco", "hpdv2"])
+def test_eval_and_its_card(monkeypatch, capsys, value, tmp_path, format):
+    write = {"coco": data.write_coco, "hpdv2": data.write_hpdv2}[format]
+    name, metric = {"coco": ("MSCOCO captions", "R@1"), "hpdv2": ("HPDv2", "preference accuracy")}[format]
+    annotations, images = write(tmp_path)
+    weights = (value / "model.safetensors").read_bytes()
+    run(
+        monkeypatch, "eval", *MODELS, "--value", value, "--format", format, "--annotations", annotations, "--images",
+        images, "--sigmas", 0.1, 0.5, "--limit", 6, "--tweedie", "--write-card", "--out", tmp_path / "out",
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert metric in printed and "Tweedie" in printed and "clean reward" in printed
+    report = json.loads((tmp_path / "out" / "accuracy.json").read_text())
+    assert set(report["curves"]) == {str(value), "Tweedie"} and report["images"] == 6
+    assert (value / "model.safetensors").read_bytes() == weights
+    entry = StitchedValue.from_pretrained(value, load_pipeline()).details["accuracy by noise level"][name]
+    assert entry["rows"] == report["curves"][str(value)] and entry["clean"] == report["clean"]
+    card = (value / "README.md").read_text()
+    assert f"| noise level | {metric} | Spearman with the clean reward |" in card
+    assert f"| 0.5 | {entry['rows'][1][metric]:.3f} |" in card
+
+
+def test_eval_of_prompt_free_data(monkeypatch, tmp_path, value):
+    annotations, images = data.write_ava(tmp_path)
+    where = ("--format", "ava", "--annotations", annotations, "--images", images)
+    assert "scores for prompts, and AVA has none" in error_of(monkeypatch, "eval", *MODELS, "--value", value, *where)
+    message = error_of(monkeypatch, "eval", "--backbone", "playground", "--value", value, "--tweedie", *where)
+    assert "tweedie: expected a reward" in message
+    message = error_of(monkeypatch, "eval", "--backbone", "playground", "--value", "a/b", "--write-card", *where)
+    assert "write_card: expected folders, got a/b" in message
+
+
+def test_sample(monkeypatch, value, tmp_path):
+    common = ("sample", "--backbone", "playground", "--steps", 3, "--guidance-scale", 3, "--seed", 5)
+    prompts = ("--prompt", "a red circle", "two blue squares")
+    run(
+        monkeypatch, *common, *prompts, "--value", value, "--guidance.strength", 0.5, "--guidance.schedule", "alpha",
+        "--guidance.window", 1, "None", "--images-per-prompt", 2, "--out", tmp_path / "guided",
+    )  # fmt: skip
+    run(monkeypatch, *common, *prompts, "--out", tmp_path / "plain")
+    guided, plain = (json.loads((tmp_path / n / "samples.json").read_text()) for n in ("guided", "plain"))
+    assert [row["prompt"] for row in guided["images"]] == ["a red circle"] * 2 + ["two blue squares"] * 2
+    assert [row["seed"] for row in guided["images"]] == [5, 6, 7, 8]
+    assert guided["settings"]["guidance"] == {
+        "strength": 0.5, "mode": "relative", "schedule": "alpha", "window": [1, None], "every": 1,
+    }  # fmt: skip
+    for row in guided["images"]:
+        assert row["values"][0] is None and all(isinstance(v, float) for v in row["values"][1:])
+    assert plain["images"][0]["values"] == [None] * 3
+    pictures = [Image.open(tmp_path / n / "0000.png") for n in ("guided", "plain")]
+    assert pictures[0].size == (64, 64) and pictures[0].tobytes() != pictures[1].tobytes()
+
+    from stitchvm_ext import guided_sample
+
+    pipe = load_pipeline()
+    result = guided_sample(
+        pipe, StitchedValue.from_pretrained(value, pipe), "two blue squares", num_inference_steps=3, guidance_scale=3,
+        strength=0.5, schedule="alpha", window=(1, None), generator=torch.Generator().manual_seed(7), progress=False,
+    )  # fmt: skip
+    assert result.values[1:, 0].tolist() == pytest.approx(guided["images"][2]["values"][1:], abs=1e-4)
+
+
+def test_user_errors_are_one_line(monkeypatch, photos, tmp_path):
+    message = error_of(monkeypatch, "demo", "--prompts", "0", "--out", tmp_path / "out")
+    assert message == "stitchvm: prompts: expected at least 1, got 0"
+    common = ("--images", photos, "--reward", "playground")
+    message = error_of(monkeypatch, "search", *common, "--backbone", tmp_path, "--probe-images", 8)
+    assert "cannot be loaded as a diffusers pipeline" in message
+    message = error_of(monkeypatch, "search", *common, "--backbone", "playground")
+    assert "probe_images: expected 8 to 16" in message
+    message = error_of(
+        monkeypatch, "search", "--reward", "playground", "--backbone", "playground", "--images", tmp_path
+    )
+    assert "expected pictures" in message
+    message = error_of(
+        monkeypatch, "search", *common, "--backbone", "playground", "--probe-images", 8, "--reward-options", "x"
+    )
+    assert "expected NAME=VALUE, got 'x'" in message
+    message = error_of(
+        monkeypatch, "search", *common, "--backbone", "playground", "--probe-images", 8, "--reward-options", "x=1"
+    )
+    assert "options of 'playground'" in message
+    message = error_of(monkeypatch, "sample", "--backbone", "playground", "--prompt", "a", "--device", "abacus")
+    assert "device: expected such as cuda" in message
+    message = error_of(monkeypatch, "sample", "--backbone", "playground", "--prompt", "a", "--value", tmp_path)
+    assert "expected a saved value model" in message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("dmeo",), ("sample", "--backbone", "playground", "--prompt", "a", "--guidance.strength", "-1"), ("train",)],
+)
+def test_bad_usage_is_refused(monkeypatch, capsys, arguments):
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, "dmeo")
+        run(monkeypatch, *arguments)
     assert stop.value.code not in (0, None)

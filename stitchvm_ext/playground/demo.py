@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from ..evaluation.report import plot_curves
 from ..value import TweedieValue
 from . import load_pipeline, load_reward, load_value
 from .experiments import Method, MethodResult, compare_methods, held_out, held_out_prompts, noise_level_accuracy
@@ -16,6 +17,7 @@ from .experiments import Method, MethodResult, compare_methods, held_out, held_o
 GUIDANCE_SCALE = 3.0
 STRENGTH = 0.25  # near both methods' best constant strength in the sweep of benchmarks/guidance.py
 ACCURACY_SIGMAS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
+PANELS = {"spearman": "rank correlation with the clean reward", "r_at_1": "image-to-text retrieval R@1"}
 
 
 def run_demo(
@@ -56,7 +58,7 @@ def run_demo(
         )
     }
     save_grid(results, prompts, out / "grid.png")
-    plot_accuracy(curves, out / "value_accuracy.png")
+    plot_curves(curves, PANELS, out / "value_accuracy.png")
     partial = out / "results.json.partial"
     partial.write_text(json.dumps({"prompts": prompts, "methods": figures, "value_accuracy": curves}, indent=1))
     partial.replace(out / "results.json")
@@ -102,18 +104,3 @@ def save_grid(results: dict[str, MethodResult], prompts: list[str], path: Path) 
 
 def _pixels(image: Tensor):
     return image.clamp(0, 1).permute(1, 2, 0).numpy()
-
-
-def plot_accuracy(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Two panels over sigma: rank correlation with the clean reward, and retrieval."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = {"spearman": "rank correlation with the clean reward", "r_at_1": "image-to-text retrieval R@1"}
-    for ax, (key, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for name, rows in curves.items():
-            ax.plot([r["sigma"] for r in rows], [r[key] for r in rows], marker="o", markersize=3, label=name)
-        ax.set(title=title, xlabel="noise level sigma", xlim=(0, 1))
-        ax.grid(alpha=0.3)
-        ax.legend()
-    figure.savefig(path, dpi=140)

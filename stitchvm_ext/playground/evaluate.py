@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..evaluation.metrics import number_captions, retrieval_at_1, variance_explained
 from . import load_pipeline, load_reward, world
 from .train_autoencoder import reconstruction_quality
 
@@ -89,15 +90,13 @@ def reward_accuracy(clip, aesthetic, pictures: list[world.Picture], batch_size: 
         ``aesthetic_r2``: of the head against :func:`world.aesthetic`.
     """
     images = torch.from_numpy(np.stack([p.image for p in pictures])).permute(0, 3, 1, 2).float() / 255
-    captions = [p.caption for p in pictures]
-    texts = sorted(set(captions))
+    texts, own = number_captions([[p.caption] for p in pictures])
     embedding = torch.cat([clip.output(b.to(clip.device)).normalized for b in images.split(batch_size)])
-    best = (embedding @ clip.encode_condition(texts).T).argmax(1).tolist()
     score: Tensor = torch.cat([aesthetic(b.to(aesthetic.device)) for b in images.split(batch_size)]).cpu()
     target = world.aesthetic(images)
     return {
-        "r_at_1": float(np.mean([texts[k] == caption for k, caption in zip(best, captions, strict=True)])),
-        "aesthetic_r2": 1 - ((score - target).square().mean() / target.var(correction=0)).item(),
+        "r_at_1": retrieval_at_1(embedding, clip.encode_condition(texts), own),
+        "aesthetic_r2": variance_explained(score, target),
         "captions": len(texts),
     }
 

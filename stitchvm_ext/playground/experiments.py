@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ..backbones import Condition, expand_rows
-from ..backbones.latents import decode_latents, encode_images
+from ..backbones.latents import encode_images
+from ..evaluation.metrics import number_captions, retrieval_at_1, spearman, variance_explained
+from ..evaluation.noise_levels import SIGMAS, add_noise, read_output, scorer_of
 from ..measure import peak_memory
 from ..value import StitchedValue, TweedieValue, ValueEstimator
 from . import world
 from .evaluate import checker_accuracy, held_out_captions
-
-SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
 def picture_tensor(pictures: Sequence[world.Picture]) -> Tensor:
@@ -27,32 +27,14 @@ def picture_tensor(pictures: Sequence[world.Picture]) -> Tensor:
     return torch.from_numpy(np.stack([p.image for p in pictures])).permute(0, 3, 1, 2).contiguous()
 
 
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation of two vectors [N]."""
-    ranks = [v.argsort().argsort().double() for v in (a, b)]
-    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
-
-
-def variance_explained(estimate: Tensor, truth: Tensor) -> float:
-    """R² of an estimate [N] without refitting."""
-    return (1 - (estimate - truth).square().mean() / truth.var(correction=0)).item()
-
-
-def retrieval_at_1(images: Tensor, texts: Tensor, captions: Sequence[str]) -> float:
-    """Image-to-text R@1 of normalised embeddings [N, D]; equal captions count as one."""
-    number = {caption: k for k, caption in enumerate(dict.fromkeys(captions))}
-    ids = torch.tensor([number[c] for c in captions])
-    return (ids[(images @ texts.T).argmax(1)] == ids).float().mean().item()
-
-
 @dataclass
 class HeldOut:
     """Held-out pictures with everything the noise-level measurements need, computed once."""
 
-    captions: list[str]
     latents: Tensor  # [N, 4, 16, 16]
     embeddings: Tensor  # clean image embeddings, normalised [N, D]
-    texts: Tensor  # text embeddings [N, D]
+    texts: Tensor  # embeddings of the M distinct captions [M, D]
+    own_texts: list[set[int]]  # the position of each picture's caption among them
     pairs: Condition  # every second caption swapped for another picture's, for a reward that varies
     clean_reward: Tensor  # of those pairs [N]
 
@@ -65,12 +47,13 @@ def held_out(pipe, reward, count: int, seed: int = 2) -> HeldOut:
     with torch.no_grad():
         latents = torch.cat([encode_images(pipe.vae, x) for x in images.split(64)])
         embeddings = torch.cat([reward.output(x).normalized for x in images.split(64)])
-        texts = reward.encode_condition(captions)
+        distinct, own_texts = number_captions([[caption] for caption in captions])
+        texts = reward.encode_condition(distinct)
     prompts = [captions[k] if k % 2 else captions[(k + count // 2) % count] for k in range(count)]
     null = expand_rows(_null(pipe), count)
     pairs = Condition(prompts=tuple(prompts), cond=null)
     clean = (embeddings * reward.encode_condition(prompts)).sum(-1)
-    return HeldOut(captions, latents, embeddings, texts, pairs, clean)
+    return HeldOut(latents, embeddings, texts, own_texts, pairs, clean)
 
 
 def _null(pipe):
@@ -80,9 +63,8 @@ def _null(pipe):
 
 
 def noisy_latents(latents: Tensor, sigma: float, seed: int = 3) -> Tensor:
-    """z_t = (1 - t) z_0 + t eps with the same noise for whoever is measured."""
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-    return (1 - sigma) * latents + sigma * noise
+    """Latents at a noise level, with the same noise for whoever is measured."""
+    return add_noise(latents, sigma, torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)))
 
 
 @torch.no_grad()
@@ -95,24 +77,17 @@ def noise_level_accuracy(
     by its embedding; ``cosine``: of its embedding with the clean one; with an aesthetic ``head`` also that score's R²
     and Spearman. Tweedie denoises under the null text, as the stitched value reads the latent.
     """
+    null = {name: t[:1] for name, t in data.pairs.cond.items()}
     rows = []
     for sigma in sigmas:
         z = noisy_latents(data.latents, sigma)
-        embeddings = []
-        for part in z.split(64):
-            if isinstance(estimator, TweedieValue):
-                null = {name: t[: len(part)] for name, t in data.pairs.cond.items()}
-                clean = part - sigma * estimator.backbone.velocity(part, sigma, null)
-                embeddings.append(estimator.reward.output(decode_latents(estimator.vae, clean)).normalized)
-            else:
-                embeddings.append(estimator.output(part, sigma).normalized)
-        embedding = torch.cat(embeddings)
-        scorer = estimator.reward if isinstance(estimator, TweedieValue) else estimator.suffix
-        value = (embedding * scorer.encode_condition(data.pairs.prompts)).sum(-1)
+        parts = [read_output(estimator, part, sigma, null).normalized for part in z.split(64)]
+        embedding = torch.cat(parts)
+        value = (embedding * scorer_of(estimator).encode_condition(data.pairs.prompts)).sum(-1)
         row = {
             "sigma": sigma,
             "spearman": spearman(value, data.clean_reward),
-            "r_at_1": retrieval_at_1(embedding, data.texts, data.captions),
+            "r_at_1": retrieval_at_1(embedding, data.texts, data.own_texts),
             "cosine": (embedding * data.embeddings).sum(-1).mean().item(),
         }
         if head is not None:

@@ -86,6 +86,8 @@ def distil_reward(
     Raises:
         ValueError, TypeError: an argument does not fit, or scores that are not B finite numbers, or all the same.
     """
+    from ..evaluation.metrics import spearman, variance_explained  # here: the evaluation imports the rewards
+
     config = config or DistilConfig()
     if not isinstance(student, RewardModel):
         raise TypeError(f"student: expected a stitchvm_ext.rewards.RewardModel, got {type(student).__name__}")
@@ -130,7 +132,7 @@ def distil_reward(
     reward.report = {
         "images": len(train),
         "held-out images": len(test),
-        "held-out R2": 1 - ((predicted - true).square().sum() / (true - true.mean()).square().sum()).item(),
+        "held-out R2": variance_explained(predicted, true),
         "held-out Spearman": spearman(predicted, true),
     }
     return reward
@@ -219,13 +221,3 @@ def _train(reward: DistilledReward, data: _Data, scores: Tensor, train: Tensor, 
     reward.head = head
     reward.requires_grad_(False)
     reward.eval()
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation of two vectors [N]; equal values share their mean rank."""
-
-    def ranks(x: Tensor) -> Tensor:
-        _, inverse, counts = torch.unique(x, return_inverse=True, return_counts=True)
-        return (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()
-
-    return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()

@@ -40,6 +40,7 @@ class FinetuneConfig:
         epochs: passes over the images (15 for the baseline without the backbone).
         batch_size: images per optimiser step, of all processes together.
         learning_rate: of the reward suffix; the stitching layer's is ``stitch_multiplier`` times that.
+        stitch_multiplier: of the stitching layer's learning rate.
         warmup_steps: linear warm-up.
         final_share: the rate falls linearly to this share of itself; 1 keeps it constant, as METHOD.md has it.
         max_grad_norm: the gradients of each value are clipped to this norm.

@@ -23,10 +23,28 @@ def write_folder(folder: Path, config: dict[str, Any], state: dict[str, Tensor])
 
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, folder / "model.safetensors.partial")
-    (folder / "config.json.partial").write_text(json.dumps(config, indent=1))
-    (folder / "README.md.partial").write_text(model_card(config))
+    _write_texts(folder, config)
     for name in FILES:
         (folder / f"{name}.partial").replace(folder / name)
+
+
+def _write_texts(folder: Path, config: dict[str, Any]) -> None:
+    """Configuration and model card, under temporary names."""
+    (folder / "config.json.partial").write_text(json.dumps(config, indent=1))
+    (folder / "README.md.partial").write_text(model_card(config))
+
+
+def add_details(folder: Path, name: str, found: dict[str, Any]) -> None:
+    """Add entries to a dict among the ``details`` of a saved value model, and write its model card anew.
+
+    Raises:
+        OSError: no saved value model.
+    """
+    config = _read_config(folder)
+    config["details"].setdefault(name, {}).update(found)
+    _write_texts(folder, config)
+    for file in ("README.md", "config.json"):
+        (folder / f"{file}.partial").replace(folder / file)
 
 
 def find_folder(name_or_path: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
@@ -57,20 +75,30 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    config = _read_config(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
         state = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise OSError(
-            f"folder: expected a saved value model (config.json, model.safetensors) in {folder}, got: {error}"
-        ) from error
-    if config.get("format_version") != FORMAT_VERSION:
-        found = config.get("format_version")
-        raise OSError(f"folder: expected format_version {FORMAT_VERSION} in {folder / 'config.json'}, got {found}")
+        raise _no_value_model(folder, error) from error
     reference = config["reward"].get("reference") or {}
     if reference.get("name", "").startswith("."):  # relative to the value model's own folder
         reference["name"] = str((folder / reference["name"]).resolve())
     return config, state
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise _no_value_model(folder, error) from error
+    if config.get("format_version") != FORMAT_VERSION:
+        found = config.get("format_version")
+        raise OSError(f"folder: expected format_version {FORMAT_VERSION} in {folder / 'config.json'}, got {found}")
+    return config
+
+
+def _no_value_model(folder: Path, error: Exception) -> OSError:
+    return OSError(f"folder: expected a saved value model (config.json, model.safetensors) in {folder}, got: {error}")
 
 
 def upload_folder(folder: Path, repo_id: str, *, private: bool, token: str | None, commit_message: str) -> str:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,17 +94,20 @@ class SearchResult:
             )
         return "\n".join(rows)
 
-    def save(self, folder: str | Path) -> None:
-        """Write ``search.json`` (losses and pick) and ``search.png`` (two heat maps) into a folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    def summary(self) -> dict[str, Any]:
+        """JSON-ready: losses of all cells, and the pick."""
         cells = [
             {"depth": c.depth, "layer": c.layer, "mse": c.mse, "unexplained": c.unexplained}
             for c in self.candidates.values()
         ]
-        result = {"tokens": self.tokens, "cells": cells, "pick": [self.best.depth, self.best.layer]}
+        return {"tokens": self.tokens, "cells": cells, "pick": [self.best.depth, self.best.layer]}
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``search.json`` (losses and pick) and ``search.png`` (two heat maps) into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         partial = folder / "search.json.partial"
-        partial.write_text(json.dumps(result, indent=1))
+        partial.write_text(json.dumps(self.summary(), indent=1))
         partial.replace(folder / "search.json")
         self.plot(folder / "search.png")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def stitch(
         [backbone.encode_images(pipe.vae, x.to(pipe.vae.device)) for x in probe.split(config.encode_batch_size)]
     )
     progress = progress and state.is_main_process
-    values = []
+    values, searches = [], []
     for number, one in enumerate(rewards):
         layers = sorted({layer or 1, *range(1, min(MAX_LAYER, one.num_layers) + 1)})
         search = search_stitch(
@@ -153,6 +154,7 @@ def stitch(
                 pipe, one, search, i, j, latent_size, null_condition, text_options, config.prompt_share > 0
             )
         values.append(value)
+        searches.append(search)
     targets = cache_targets(
         work_dir / "targets",
         pipe,
@@ -165,13 +167,15 @@ def stitch(
     )
     cuts = "_".join(f"i{value.depth}_j{value.layer}" for value in values) + "_literal" * (tokens == "literal")
     losses = finetune(values, rewards, targets, config, state_path=work_dir / f"state_{cuts}.pt", progress=progress)
-    for value, terms in zip(values, losses, strict=True):
+    for value, search, terms in zip(values, searches, losses, strict=True):
         value.backbone_licence = backbone_licence
         value.details |= {
             "training images": len(targets),
             "training steps": config.epochs * (len(targets) // config.batch_size),
             **({"share of prompted batches": config.prompt_share} if config.prompt_share else {}),
             **{f"final {name} loss": math.nan if not means else means[-1] for name, means in terms.items()},
+            "closed-form search": search.summary(),
+            "training settings": asdict(config),
         }
     return values if isinstance(reward, list | tuple) else values[0]
 

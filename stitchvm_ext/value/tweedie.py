@@ -27,10 +27,14 @@ class TweedieValue(ValueEstimator):
         self.vae = pipe.vae
         self.reward = reward
 
+    def denoised_images(self, latents: Tensor, sigma: Tensor, velocity: Tensor) -> Tensor:
+        """The decoded posterior mean [B, 3, H, W] (videos [B, 3, F, H, W]) that a velocity at ``latents`` implies."""
+        clean = latents.float() - expand_sigma(sigma, latents) * velocity.float()
+        return self.backbone.decode_latents(self.vae, clean)
+
     def score_velocity(self, latents: Tensor, sigma: Tensor, velocity: Tensor, condition: Condition) -> Tensor:
         """The reward [B] of the posterior mean that a velocity at ``latents`` implies."""
-        clean = latents.float() - expand_sigma(sigma, latents) * velocity.float()
-        return score_images(self.reward, self.backbone.decode_latents(self.vae, clean), condition.prompts)
+        return score_images(self.reward, self.denoised_images(latents, sigma, velocity), condition.prompts)
 
     def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
         self.check_condition(latents, condition)

@@ -11,6 +11,7 @@ from open_clip.model import CLIP
 
 from stitchvm_ext import StitchedValue, stitch
 from stitchvm_ext.backbones import Condition, backbone_of
+from stitchvm_ext.evaluation import spearman
 from stitchvm_ext.playground import models, train
 from stitchvm_ext.rewards import (
     DistilConfig,
@@ -20,7 +21,6 @@ from stitchvm_ext.rewards import (
     distil_reward,
     reward_suffix_from_description,
 )
-from stitchvm_ext.rewards.distil import spearman
 from stitchvm_ext.value import FinetuneConfig
 from tests import tiny
 
@@ -205,11 +205,3 @@ def test_bad_arguments(student, reward):
     in_memory = distil_reward(redness, tiny.tiny_reward(), images(96), config=DistilConfig(epochs=1), progress=False)
     with pytest.raises(ValueError, match="built in memory"):
         in_memory.save_pretrained("nowhere")
-
-
-def test_spearman():
-    a = torch.tensor([1.0, 2.0, 2.0, 4.0])
-    assert spearman(a, a.exp()) == pytest.approx(1)
-    assert spearman(a, -a) == pytest.approx(-1)
-    # ranks 1, 2.5, 2.5, 4 and 2, 1, 3, 4
-    assert spearman(a, torch.tensor([5.0, 1.0, 6.0, 7.0])) == pytest.approx(3 / 22.5**0.5)

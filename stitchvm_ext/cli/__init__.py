@@ -1,0 +1,26 @@
+"""The `stitchvm` command."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Entry point: user errors end with one line, not a traceback."""
+    import tyro
+
+    from .commands import COMMANDS
+    from .options import registry
+
+    try:
+        with registry():
+            tyro.extras.subcommand_cli_from_dict(
+                COMMANDS,
+                prog="stitchvm",
+                description="Stitched value models: make one, measure it, sample with it.",
+                config=(tyro.conf.OmitSubcommandPrefixes,),
+            )
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        sys.exit(f"stitchvm: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,289 @@
+"""One function per subcommand; its docstring is the help text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from ..sampling import Guidance
+from ..value import FinetuneConfig
+from .options import BackboneOptions, OptionalRewardOptions, RewardOptions, SizeOptions, hide_loading_bars
+
+
+def info() -> None:
+    """Print versions, how the extension was built, and which op has which backend."""
+    from ..ops import format_info
+    from ..ops import info as ops_info
+
+    print(format_info(ops_info()))
+
+
+def demo(out: Path = Path("stitchvm-demo"), prompts: int = 12, steps: int = 20, seed: int = 0) -> None:
+    """Sample the embedded model unguided, with Tweedie-DPS and with StitchVM-DPS; write pictures, a plot and a table.
+
+    Args:
+        out: folder for the results.
+        prompts: how many held-out captions to draw.
+        steps: sampling steps.
+        seed: of the starting noise.
+    """
+    from ..playground.demo import run_demo
+
+    hide_loading_bars()
+    run_demo(out, num_prompts=prompts, num_inference_steps=steps, seed=seed)
+
+
+def search(
+    backbone: BackboneOptions,
+    reward: RewardOptions,
+    images: Path,
+    size: SizeOptions,
+    out: Path = Path("stitchvm-search"),
+    probe_images: int = 200,
+    tokens: Literal["fitted", "literal"] = "fitted",
+    max_sequence_length: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Where to cut: rate every pair of a backbone depth i and a reward block j in closed form, without training.
+
+    Writes search.json and search.png, and prints the table. `stitchvm train` makes the same search by itself.
+
+    Args:
+        images: folder of pictures, which need no labels; the last ones in the order of their names are used.
+        out: folder for the results.
+        probe_images: how many pictures to use.
+        tokens: class token and position where j > 1: fitted to the probe images, or the reward's own.
+        max_sequence_length: rows of the text encoding (SD3, FLUX); by default the backbone's own.
+        seed: of noise levels and noise.
+    """
+    import torch
+
+    from ..backbones import backbone_of
+    from ..evaluation import image_files, read_images
+    from ..value import search_stitch
+
+    files = image_files(images)
+    if not 8 <= probe_images <= len(files):
+        raise ValueError(f"probe_images: expected 8 to {len(files)}, the pictures in {images}, got {probe_images}")
+    scorer, pipe = reward.load(backbone.torch_device), backbone.load()
+    adapter = backbone_of(pipe)
+    probe = read_images(files[-probe_images:], size.pixels(pipe)).float() / 255
+    latents = torch.cat([adapter.encode_images(pipe.vae, x.to(pipe.vae.device)) for x in probe.split(8)])
+    null = adapter.null_condition(pipe, **_text_options(max_sequence_length))
+    found = search_stitch(adapter, scorer, latents, probe, null, tokens=tokens, seed=seed)
+    found.save(out)
+    print(f"\n{found.table()}\n\nwrote search.json and search.png into {out}")
+
+
+def train(
+    backbone: BackboneOptions,
+    reward: RewardOptions,
+    images: Path,
+    size: SizeOptions,
+    out: Path,
+    work_dir: Path | None = None,
+    depth: int | None = None,
+    layer: int | None = None,
+    tokens: Literal["fitted", "literal"] = "fitted",
+    probe_images: int = 200,
+    max_sequence_length: int | None = None,
+    backbone_licence: str | None = None,
+    config: FinetuneConfig = FinetuneConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Stitch a reward onto a backbone: closed-form search, then finetuning on unlabelled pictures.
+
+    Writes the value model: config.json, model.safetensors and README.md, the model card. Interrupted, the same command
+    goes on where it stopped.
+
+    Args:
+        images: folder of pictures, which need no labels.
+        out: folder for the value model.
+        work_dir: for the search's table, cached targets and the resumable state; by default OUT with ".work" behind.
+        depth: backbone blocks kept, i; 0 for the baseline without the backbone; by default the search's pick.
+        layer: reward block entered, j; by default the search's pick.
+        tokens: class token and position where j > 1: fitted to the probe images, or the reward's own.
+        probe_images: pictures for the search alone; the last ones in the order of their names.
+        max_sequence_length: rows of the text encoding (SD3, FLUX); by default the backbone's own.
+        backbone_licence: of the pipeline's weights, for the model card.
+        config: the finetuning.
+    """
+    from ..evaluation import image_files, read_images
+    from ..value import stitch
+
+    files = image_files(images)
+    scorer, pipe = reward.load(backbone.torch_device), backbone.load()
+    value = stitch(
+        pipe,
+        scorer,
+        read_images(files, size.pixels(pipe)),
+        depth=depth,
+        layer=layer,
+        tokens=tokens,
+        work_dir=work_dir or out.with_name(out.name + ".work"),
+        probe_images=probe_images,
+        config=config,
+        text_options=_text_options(max_sequence_length),
+        backbone_licence=backbone_licence,
+    )
+    value.save_pretrained(out)
+    print(f"wrote the value model of depth {value.depth} and layer {value.layer} into {out}")
+
+
+def evaluate(
+    backbone: BackboneOptions,
+    reward: OptionalRewardOptions,
+    value: tuple[str, ...],
+    annotations: Path,
+    images: Path,
+    format: Literal["coco", "hpdv2", "ava"],
+    out: Path = Path("stitchvm-eval"),
+    tweedie: bool = False,
+    sigmas: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9),
+    limit: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    write_card: bool = False,
+) -> None:
+    """How well do value models read noisy pictures? Accuracy by noise level against people and the clean reward.
+
+    Prints a table and writes accuracy.json and accuracy.png. Data: "coco" is MSCOCO captions (retrieval R@1), "hpdv2"
+    HPDv2's test.json or train.json (preference accuracy), "ava" AVA.txt (rank correlation with mean ratings).
+
+    Args:
+        value: folders of value models, or owner/name on the Hub; several are compared on the same noise.
+        annotations: the annotation file, such as captions_val2017.json, test.json or AVA.txt.
+        images: the folder that its pictures are in.
+        format: of the annotations.
+        out: folder for the results.
+        tweedie: also measure the one-step baseline, which denoises, decodes and asks the reward.
+        sigmas: noise levels between 0 and 1.
+        limit: use about the first LIMIT pictures.
+        batch_size: pictures at a time.
+        seed: of the noise.
+        write_card: add the result to config.json and the model card of every value, which must be folders.
+    """
+    from ..evaluation import evaluate_noise_levels, read_evaluation_set
+    from ..value import StitchedValue, TweedieValue
+    from ..value.folder import add_details
+
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: expected at least 1, got {limit}")
+    if tweedie and reward.reward is None:
+        raise ValueError("tweedie: expected a reward to ask, give --reward")
+    if write_card and (remote := [name for name in value if not Path(name).is_dir()]):
+        raise ValueError(f"write_card: expected folders, got {', '.join(remote)}")
+    data = read_evaluation_set(format, annotations, images)
+    data = data if limit is None else data.head(limit)
+    scorer, pipe = reward.load(backbone.torch_device), backbone.load()
+    estimators = {name: StitchedValue.from_pretrained(name, pipe) for name in value}
+    if tweedie:
+        estimators["Tweedie"] = TweedieValue(pipe, scorer)
+    report = evaluate_noise_levels(
+        pipe, estimators, data, reward=scorer, sigmas=sigmas, batch_size=batch_size, seed=seed
+    )
+    report.save(out)
+    print(f"\n{report.table()}\n\nwrote accuracy.json and accuracy.png into {out}")
+    if write_card:
+        for name in value:
+            add_details(Path(name), "accuracy by noise level", {report.data: report.card_entry(name)})
+            print(f"wrote the model card of {name}")
+
+
+def sample(
+    backbone: BackboneOptions,
+    prompt: tuple[str, ...],
+    size: SizeOptions,
+    value: str | None = None,
+    out: Path = Path("stitchvm-samples"),
+    negative_prompt: str = "",
+    steps: int = 28,
+    guidance_scale: float = 7.0,
+    transition: Literal["ode", "linear_sde", "flow_grpo"] = "ode",
+    images_per_prompt: int = 1,
+    num_frames: int = 1,
+    batch_size: int | None = None,
+    seed: int = 0,
+    guidance: Guidance = Guidance(),  # noqa: B008 (frozen)
+) -> None:
+    """Sample pictures under the gradient of a value model. Writes 0000.png, 0001.png, ... and samples.json.
+
+    samples.json has every picture's prompt and seed, its values V(z_t) by step, and all settings.
+
+    Args:
+        prompt: texts, one or several.
+        value: folder of a value model, or owner/name on the Hub; without one, or with --guidance.strength 0, the
+            pipeline samples plainly.
+        out: folder for the pictures.
+        negative_prompt: for all pictures. With the empty one the value shares the unconditional branch's blocks.
+        steps: sampling steps.
+        guidance_scale: classifier-free guidance, 1 for none; of FLUX the distilled guidance.
+        transition: "ode", or one of the stochastic ones.
+        images_per_prompt: pictures per text.
+        num_frames: of video models; frames become pictures of their own, 0000_000.png and so on.
+        batch_size: pictures that are sampled together; all by default.
+        seed: of the first picture; every further one has the next.
+        guidance: how the value guides.
+    """
+    import torch
+
+    from ..sampling import guided_sample
+    from ..value import StitchedValue
+
+    pipe = backbone.load()
+    estimator = None if value is None else StitchedValue.from_pretrained(value, pipe)
+    prompts = [text for text in prompt for _ in range(images_per_prompt)]
+    seeds = [seed + k for k in range(len(prompts))]
+    result = guided_sample(
+        pipe,
+        estimator,
+        list(prompt),
+        negative_prompt=negative_prompt,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        transition=transition,
+        num_images_per_prompt=images_per_prompt,
+        height=size.height,
+        width=size.width,
+        num_frames=num_frames,
+        generator=[torch.Generator().manual_seed(s) for s in seeds],
+        batch_size=batch_size,
+        **asdict(guidance),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    values = [[None if v != v else v for v in of_sample] for of_sample in result.values.T.tolist()]  # NaN: not guided
+    for number, picture in enumerate(result.images):
+        frames = picture if isinstance(picture, list) else [picture]
+        names = [f"{number:04d}.png"] if len(frames) == 1 else [f"{number:04d}_{k:03d}.png" for k in range(len(frames))]
+        for name, frame in zip(names, frames, strict=True):
+            frame.save(out / name)
+        rows.append({"files": names, "prompt": prompts[number], "seed": seeds[number], "values": values[number]})
+    settings = {
+        "backbone": backbone.backbone,
+        "value": value,
+        "negative_prompt": negative_prompt,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "transition": transition,
+        "guidance": asdict(guidance),
+    }
+    document = {
+        "settings": settings,
+        "sigmas": result.sigmas.tolist(),
+        "images": rows,
+        "timings": result.timings,
+        "denoiser_evaluations": result.denoiser_evaluations,
+    }
+    partial = out / "samples.json.partial"
+    partial.write_text(json.dumps(document, indent=1))
+    partial.replace(out / "samples.json")
+    print(f"wrote {len(rows)} samples and samples.json into {out}, {result.seconds_per_image:.2f} s each")
+
+
+def _text_options(max_sequence_length: int | None) -> dict[str, int]:
+    return {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+
+
+COMMANDS = {"demo": demo, "search": search, "train": train, "eval": evaluate, "sample": sample, "info": info}
