@@ -84,6 +84,8 @@ def evaluate_noise_levels(
     """
     if not estimators:
         raise ValueError("estimators: expected at least one, got none")
+    if len(data) < 2:
+        raise ValueError(f"data: expected at least 2 pictures, got {len(data)}")
     if not sigmas or not all(0 < s < 1 for s in sigmas):
         raise ValueError(f"sigmas: expected noise levels between 0 and 1, got {list(sigmas)}")
     if batch_size < 1:
