@@ -171,7 +171,7 @@ def test_user_errors_are_one_line(monkeypatch, photos, tmp_path):
     message = error_of(
         monkeypatch, "search", "--reward", "playground", "--backbone", "playground", "--images", tmp_path
     )
-    assert "expected pictures" in message
+    assert "expected image files" in message
     message = error_of(
         monkeypatch, "search", *common, "--backbone", "playground", "--probe-images", 8, "--reward-options", "x"
     )
