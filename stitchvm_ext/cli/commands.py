@@ -184,7 +184,9 @@ def evaluate(
     data = read_evaluation_set(format, annotations, images)
     data = data if limit is None else data.head(limit)
     scorer, pipe = reward.load(backbone.torch_device), backbone.load()
-    estimators = {name: StitchedValue.from_pretrained(name, pipe) for name in value}
+    short = {name: Path(name).name for name in value}
+    labels = short if len(set(short.values())) == len(short) else {name: name for name in value}
+    estimators = {labels[name]: StitchedValue.from_pretrained(name, pipe) for name in value}
     if tweedie:
         estimators["Tweedie"] = TweedieValue(pipe, scorer)
     report = evaluate_noise_levels(
@@ -194,7 +196,7 @@ def evaluate(
     print(f"\n{report.table()}\n\nwrote accuracy.json and accuracy.png into {out}")
     if write_card:
         for name in value:
-            add_details(Path(name), "accuracy by noise level", {report.data: report.card_entry(name)})
+            add_details(Path(name), "accuracy by noise level", {report.data: report.card_entry(labels[name])})
             print(f"wrote the model card of {name}")
 
 
