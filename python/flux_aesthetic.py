@@ -13,7 +13,7 @@ import tyro
 from diffusers import FluxPipeline
 
 from stitchvm_ext import FinetuneConfig, guided_sample, load_reward, stitch
-from stitchvm_ext.evaluation import evaluate_noise_levels, image_files, read_evaluation_set, read_images
+from stitchvm_ext.evaluation import evaluate_noise_levels, read_evaluation_set
 from stitchvm_ext.value.folder import add_details
 
 
@@ -56,7 +56,7 @@ def main(
     pipe = FluxPipeline.from_pretrained(backbone, torch_dtype=dtype).to(device)
 
     value = stitch(
-        pipe, aesthetic, read_images(image_files(images), (size, size)), work_dir=out / "work",
+        pipe, aesthetic, images, size=size, work_dir=out / "work",
         probe_images=probe_images, config=config, backbone_licence="FLUX.1 [dev] Non-Commercial License",
     )  # fmt: skip
     value.save_pretrained(out / "value")

@@ -14,7 +14,7 @@ import tyro
 from diffusers import StableDiffusion3Pipeline
 
 from stitchvm_ext import FinetuneConfig, guided_sample, load_reward, stitch
-from stitchvm_ext.evaluation import evaluate_noise_levels, image_files, read_evaluation_set, read_images
+from stitchvm_ext.evaluation import evaluate_noise_levels, read_evaluation_set
 from stitchvm_ext.value.folder import add_details
 
 
@@ -56,7 +56,7 @@ def main(
     pipe = StableDiffusion3Pipeline.from_pretrained(backbone, torch_dtype=dtype).to(device)
 
     value = stitch(
-        pipe, clip, read_images(image_files(images), (size, size)), work_dir=out / "work", probe_images=probe_images,
+        pipe, clip, images, size=size, work_dir=out / "work", probe_images=probe_images,
         config=config, text_options={"max_sequence_length": 256}, backbone_licence="stabilityai-ai-community",
     )  # fmt: skip
     value.save_pretrained(out / "value")

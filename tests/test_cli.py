@@ -111,10 +111,10 @@ def test_eval_and_its_card(monkeypatch, capsys, value, tmp_path, format):
     printed = capsys.readouterr().out
     assert metric in printed and "Tweedie" in printed and "clean reward" in printed
     report = json.loads((tmp_path / "out" / "accuracy.json").read_text())
-    assert set(report["curves"]) == {str(value), "Tweedie"} and report["images"] == 6
+    assert set(report["curves"]) == {"value", "Tweedie"} and report["images"] == 6
     assert (value / "model.safetensors").read_bytes() == weights
     entry = StitchedValue.from_pretrained(value, load_pipeline()).details["accuracy by noise level"][name]
-    assert entry["rows"] == report["curves"][str(value)] and entry["clean"] == report["clean"]
+    assert entry["rows"] == report["curves"]["value"] and entry["clean"] == report["clean"]
     card = (value / "README.md").read_text()
     assert f"| noise level | {metric} | Spearman with the clean reward |" in card
     assert f"| 0.5 | {entry['rows'][1][metric]:.3f} |" in card
@@ -171,7 +171,7 @@ def test_user_errors_are_one_line(monkeypatch, photos, tmp_path):
     message = error_of(
         monkeypatch, "search", "--reward", "playground", "--backbone", "playground", "--images", tmp_path
     )
-    assert "expected pictures" in message
+    assert "expected image files" in message
     message = error_of(
         monkeypatch, "search", *common, "--backbone", "playground", "--probe-images", 8, "--reward-options", "x"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +39,7 @@ def demo(out: Path = Path("stitchvm-demo"), prompts: int = 12, steps: int = 20, 
 def search(
     backbone: BackboneOptions,
     reward: RewardOptions,
-    images: Path,
+    images: str,
     size: SizeOptions,
     out: Path = Path("stitchvm-search"),
     probe_images: int = 200,
@@ -51,7 +52,7 @@ def search(
     Writes search.json and search.png, and prints the table. `stitchvm train` makes the same search by itself.
 
     Args:
-        images: folder of pictures, which need no labels; the last ones in the order of their names are used.
+        images: folder of pictures, which need no labels, or webdataset shards; the first ones are used.
         out: folder for the results.
         probe_images: how many pictures to use.
         tokens: class token and position where j > 1: fitted to the probe images, or the reward's own.
@@ -61,15 +62,17 @@ def search(
     import torch
 
     from ..backbones import backbone_of
-    from ..evaluation import image_files, read_images
+    from ..data import as_image_source
     from ..value import search_stitch
 
-    files = image_files(images)
-    if not 8 <= probe_images <= len(files):
-        raise ValueError(f"probe_images: expected 8 to {len(files)}, the pictures in {images}, got {probe_images}")
+    source = as_image_source(images)
+    count = source.count(probe_images)
+    if not 8 <= probe_images <= count:
+        raise ValueError(f"probe_images: expected 8 to {count}, the pictures in {images}, got {probe_images}")
     scorer, pipe = reward.load(backbone.torch_device), backbone.load()
     adapter = backbone_of(pipe)
-    probe = read_images(files[-probe_images:], size.pixels(pipe)).float() / 255
+    source = source.resized(size.pixels(pipe))
+    probe = source.load(list(islice(source.records(), probe_images)))
     latents = torch.cat([adapter.encode_images(pipe.vae, x.to(pipe.vae.device)) for x in probe.split(8)])
     null = adapter.null_condition(pipe, **_text_options(max_sequence_length))
     found = search_stitch(adapter, scorer, latents, probe, null, tokens=tokens, seed=seed)
@@ -80,7 +83,7 @@ def search(
 def train(
     backbone: BackboneOptions,
     reward: RewardOptions,
-    images: Path,
+    images: str,
     size: SizeOptions,
     out: Path,
     work_dir: Path | None = None,
@@ -95,29 +98,31 @@ def train(
     """Stitch a reward onto a backbone: closed-form search, then finetuning on unlabelled pictures.
 
     Writes the value model: config.json, model.safetensors and README.md, the model card. Interrupted, the same command
-    goes on where it stopped.
+    goes on where it stopped. On several GPUs: torchrun --nproc-per-node 8 -m stitchvm_ext.cli train ...
 
     Args:
-        images: folder of pictures, which need no labels.
+        images: folder of pictures, which need no labels, or webdataset shards such as "shards/{000..099}.tar".
         out: folder for the value model.
         work_dir: for the search's table, cached targets and the resumable state; by default OUT with ".work" behind.
         depth: backbone blocks kept, i; 0 for the baseline without the backbone; by default the search's pick.
         layer: reward block entered, j; by default the search's pick.
         tokens: class token and position where j > 1: fitted to the probe images, or the reward's own.
-        probe_images: pictures for the search alone; the last ones in the order of their names.
+        probe_images: pictures for the search alone, the first ones.
         max_sequence_length: rows of the text encoding (SD3, FLUX); by default the backbone's own.
         backbone_licence: of the pipeline's weights, for the model card.
         config: the finetuning.
     """
-    from ..evaluation import image_files, read_images
+    from ..data import as_image_source
     from ..value import stitch
+    from ..value.processes import processes
 
-    files = image_files(images)
+    source = as_image_source(images)
     scorer, pipe = reward.load(backbone.torch_device), backbone.load()
     value = stitch(
         pipe,
         scorer,
-        read_images(files, size.pixels(pipe)),
+        source,
+        size=size.pixels(pipe),
         depth=depth,
         layer=layer,
         tokens=tokens,
@@ -127,6 +132,8 @@ def train(
         text_options=_text_options(max_sequence_length),
         backbone_licence=backbone_licence,
     )
+    if not processes(pipe.device).is_main_process:
+        return
     value.save_pretrained(out)
     print(f"wrote the value model of depth {value.depth} and layer {value.layer} into {out}")
 
@@ -177,7 +184,9 @@ def evaluate(
     data = read_evaluation_set(format, annotations, images)
     data = data if limit is None else data.head(limit)
     scorer, pipe = reward.load(backbone.torch_device), backbone.load()
-    estimators = {name: StitchedValue.from_pretrained(name, pipe) for name in value}
+    short = {name: Path(name).name for name in value}
+    labels = short if len(set(short.values())) == len(short) else {name: name for name in value}
+    estimators = {labels[name]: StitchedValue.from_pretrained(name, pipe) for name in value}
     if tweedie:
         estimators["Tweedie"] = TweedieValue(pipe, scorer)
     report = evaluate_noise_levels(
@@ -187,7 +196,7 @@ def evaluate(
     print(f"\n{report.table()}\n\nwrote accuracy.json and accuracy.png into {out}")
     if write_card:
         for name in value:
-            add_details(Path(name), "accuracy by noise level", {report.data: report.card_entry(name)})
+            add_details(Path(name), "accuracy by noise level", {report.data: report.card_entry(labels[name])})
             print(f"wrote the model card of {name}")
 
 

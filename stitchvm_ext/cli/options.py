@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ class Backbone:
     Attributes:
         backbone: folder of a diffusers pipeline, its name owner/name on the Hugging Face Hub, or "playground" for the
             model that ships with this package.
-        device: such as cuda, cuda:1 or cpu; "auto" is cuda where there is one.
+        device: such as cuda, cuda:1 or cpu; "auto" is the GPU where there is one (under torchrun each process
+            takes its own).
         dtype: of the pipeline's weights; "auto" is bfloat16 on cuda and float32 on the CPU.
     """
 
@@ -57,7 +59,8 @@ class Backbone:
 
         has_gpu = torch.cuda.is_available()
         try:
-            device = torch.device(self.device if self.device != "auto" else "cuda" if has_gpu else "cpu")
+            automatic = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if has_gpu else "cpu"  # as torchrun numbers processes
+            device = torch.device(automatic if self.device == "auto" else self.device)
         except RuntimeError as error:
             raise ValueError(f"device: expected such as cuda, cuda:1 or cpu, got {self.device!r}") from error
         if device.type == "cuda" and not has_gpu:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..backbones import Condition, Encoding, backbone_of, expand_rows
+from ..data import ImageFiles
 from ..rewards.base import RewardModel, RewardOutput
 from ..rewards.sum import RewardSum
 from ..value import StitchedValue, TweedieValue, ValueEstimator, ValueSum
 from .formats import EvaluationSet
-from .images import read_images
 from .metrics import spearman
 from .report import SPEARMAN, NoiseLevelReport
 
@@ -84,6 +85,8 @@ def evaluate_noise_levels(
     """
     if not estimators:
         raise ValueError("estimators: expected at least one, got none")
+    if len(data) < 2:
+        raise ValueError(f"data: expected at least 2 pictures, got {len(data)}")
     if not sigmas or not all(0 < s < 1 for s in sigmas):
         raise ValueError(f"sigmas: expected noise levels between 0 and 1, got {list(sigmas)}")
     if batch_size < 1:
@@ -102,9 +105,11 @@ def evaluate_noise_levels(
     clean = _Found()
     found = {(name, sigma): _Found() for name in readers for sigma in sigmas}
 
+    source = ImageFiles(data.images).resized(size)
+    records = source.records()
     for first in tqdm(range(0, len(data), batch_size), desc=f"noise levels ({data.name})", disable=not progress):
         part = slice(first, first + batch_size)
-        images = read_images(data.images[part], size).float() / 255
+        images = source.load(list(islice(records, batch_size)))
         prompts = tuple(data.prompts[part]) if data.prompts else ("",) * len(images)
         latents = backbone.encode_images(pipe.vae, images.to(pipe.vae.device)).to(backbone.device)
         noise = noise_for(latents, first, seed)

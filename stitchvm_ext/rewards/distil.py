@@ -86,7 +86,7 @@ def distil_reward(
     Raises:
         ValueError, TypeError: an argument does not fit, or scores that are not B finite numbers, or all the same.
     """
-    from ..evaluation.metrics import spearman, variance_explained  # here: the evaluation imports the rewards
+    from ..evaluation.metrics import spearman, variance_explained  # the evaluation imports the rewards
 
     config = config or DistilConfig()
     if not isinstance(student, RewardModel):

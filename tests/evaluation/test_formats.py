@@ -6,10 +6,8 @@ import json
 
 import pytest
 import torch
-from PIL import Image
 
 from stitchvm_ext.evaluation import CaptionedImages, read_evaluation_set
-from stitchvm_ext.evaluation.images import image_files, read_image
 from tests.evaluation import data
 
 
@@ -77,20 +75,3 @@ def test_missing_files(tmp_path):
         read_evaluation_set("hpdv2", annotations, tmp_path / "nowhere")
     with pytest.raises(OSError, match="annotations: .* cannot be read"):
         read_evaluation_set("hpdv2", tmp_path / "nowhere.json", images)
-
-
-def test_pictures_are_cropped_about_the_centre(tmp_path):
-    image = Image.new("RGB", (80, 40), "red")
-    image.paste((0, 0, 255), (20, 0, 60, 40))  # the middle square
-    image.save(tmp_path / "wide.png")
-    small = read_image(tmp_path / "wide.png", (16, 16))
-    assert small.dtype == torch.uint8 and small.shape == (3, 16, 16)
-    assert small[2].min() > 230 and small[0].max() < 25  # bicubic reaches a little over the edge
-    assert read_image(tmp_path / "wide.png", (16, 32)).shape == (3, 16, 32)
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(OSError, match="broken.png cannot be read"):
-        read_image(tmp_path / "broken.png", (16, 16))
-    assert [p.name for p in image_files(tmp_path)] == ["broken.png", "wide.png"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(OSError, match="found none"):
-        image_files(tmp_path / "empty")

@@ -89,6 +89,8 @@ def test_bad_arguments(pipe, reward, value, tmp_path):
 
     with pytest.raises(ValueError, match="sigmas: expected noise levels between 0 and 1"):
         run(sigmas=(0.5, 1.0))
+    with pytest.raises(ValueError, match="data: expected at least 2 pictures, got 1"):
+        run(coco.head(1))
     with pytest.raises(ValueError, match="made for latents of"):
         run(size=(128, 128))
     with pytest.raises(ValueError, match="OpenClipReward scores for prompts, and AVA has none"):
