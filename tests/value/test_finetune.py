@@ -13,7 +13,7 @@ from stitchvm_ext import stitch
 from stitchvm_ext.backbones import backbone_of
 from stitchvm_ext.data import TensorImages
 from stitchvm_ext.value import FinetuneConfig, finetune, search_stitch
-from stitchvm_ext.value.distillation import StepData
+from stitchvm_ext.value.batches import StepData
 from stitchvm_ext.value.finetune import prefix_tokens
 from stitchvm_ext.value.stitching import untrained_value
 from stitchvm_ext.value.targets import cache_targets
