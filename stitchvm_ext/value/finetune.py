@@ -171,7 +171,9 @@ def finetune(
         module = DistributedDataParallel(
             trained,
             device_ids=[device] if device.type == "cuda" else None,
-            find_unused_parameters=True,  # rewards may have weights that distillation does not reach
+            # A reward may have weights that distillation does not reach. And gradients keep one order in their buckets,
+            # so that a resumed run adds them up as an uninterrupted one does.
+            find_unused_parameters=True,
         )
 
     # Pass p of a step, of all passes in all processes, has the rows p, p + passes, p + 2 passes ...
