@@ -7,20 +7,28 @@ from .condition import Condition, Encoding, expand_rows, is_same_encoding, stack
 from .conditioning import ConditioningTable, precompute_conditioning
 from .ddpm import DDPMBackbone
 from .flux import FluxBackbone
+from .flux2 import Flux2Backbone
 from .hunyuan_dit import HunyuanDiTBackbone
+from .hunyuan_image import HunyuanImageBackbone
+from .hunyuan_video import HunyuanVideoBackbone
 from .lumina2 import Lumina2Backbone
 from .pixart import PixArtBackbone
 from .process import DDPM, ForwardProcess, RectifiedFlow, ReversedFlow, expand_sigma
+from .qwen_image import QwenImageBackbone
 from .sana import SanaBackbone
 from .sd3 import SD3Backbone
 from .unet import UNetBackbone
 from .wan import WanBackbone
 
 REGISTRY: dict[str, type[DiffusionBackbone]] = {
+    "Flux2Transformer2DModel": Flux2Backbone,
     "FluxTransformer2DModel": FluxBackbone,
     "HunyuanDiT2DModel": HunyuanDiTBackbone,
+    "HunyuanImageTransformer2DModel": HunyuanImageBackbone,
+    "HunyuanVideoTransformer3DModel": HunyuanVideoBackbone,
     "Lumina2Transformer2DModel": Lumina2Backbone,
     "PixArtTransformer2DModel": PixArtBackbone,
+    "QwenImageTransformer2DModel": QwenImageBackbone,
     "SD3Transformer2DModel": SD3Backbone,
     "SanaTransformer2DModel": SanaBackbone,
     "UNet2DConditionModel": UNetBackbone,
@@ -56,11 +64,15 @@ __all__ = [
     "DDPMBackbone",
     "DiffusionBackbone",
     "Encoding",
+    "Flux2Backbone",
     "FluxBackbone",
     "ForwardProcess",
     "HunyuanDiTBackbone",
+    "HunyuanImageBackbone",
+    "HunyuanVideoBackbone",
     "Lumina2Backbone",
     "PixArtBackbone",
+    "QwenImageBackbone",
     "REGISTRY",
     "RectifiedFlow",
     "ReversedFlow",

@@ -7,7 +7,7 @@ shared prefix) is written once, here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -45,6 +45,7 @@ class DiffusionBackbone:
     even_sigmas: bool = False  # the pipeline gives the scheduler sigmas 1 .. 1/T to shift, in place of its own
     float32_noise: bool = False  # the pipeline draws noise in float32, not in the denoiser's dtype
     distilled_guidance: bool = False  # guidance_scale is an input of the model, "guidance" in the text options
+    rescale_guidance: Callable[[Tensor, Tensor], Tensor] | None = None  # of a :class:`Condition`
 
     def __init__(self, denoiser: nn.Module, process: ForwardProcess | None = None):
         self.denoiser = denoiser

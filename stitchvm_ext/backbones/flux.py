@@ -7,30 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import DiffusionBackbone
 from .condition import Encoding
-from .packed import pack, packed_grid, unpack
+from .packed import PackedBackbone, common_time, pack, packed_grid, unpack
 
 GUIDANCE = 3.5  # FluxPipeline's default, and what null texts are encoded with unless told otherwise
 
 
-class FluxBackbone(DiffusionBackbone):
+class FluxBackbone(PackedBackbone):
     """``FluxTransformer2DModel``: double-stream blocks, then single-stream ones; latents are packed in 2x2 patches.
 
     A text is its T5 tokens, CLIP's pooled vector and, in the guidance-distilled [dev], the guidance scale; [schnell]
     ignores that. There is no unconditional branch unless ``true_cfg_scale`` asks for one.
+
+    The velocity of [dev] is that of the guided model: a value on it is read as on any model under guidance. [schnell]
+    is a few-step student, see :mod:`backbones.distilled`.
     """
 
     text_options = ("max_sequence_length", "guidance")
     distilled_guidance = True
-    even_sigmas = True
-
-    @property
-    def latent_channels(self) -> int:
-        return self.denoiser.config.in_channels // 4
-
-    def grid(self, latent_hw: tuple[int, int], depth: int = 1) -> tuple[int, int]:
-        return packed_grid(latent_hw)
 
     def inputs(self, latents: Tensor, sigma: Tensor, encoding: Encoding) -> dict[str, Any]:
         dtype = self.dtype
@@ -38,8 +32,7 @@ class FluxBackbone(DiffusionBackbone):
         h, w = packed_grid(latents.shape[-2:])
         return {
             "hidden_states": pack(latents.to(dtype)),
-            # In the latents' dtype, as the pipeline gives it, which multiplies by 1000 before it rounds.
-            "timestep": self.process.timestep(sigma).to(dtype) / 1000,
+            "timestep": self.model_time(sigma),
             "guidance": encoding.get("guidance"),
             "encoder_hidden_states": text,
             "pooled_projections": encoding["pooled_prompt_embeds"].to(dtype),
@@ -47,23 +40,14 @@ class FluxBackbone(DiffusionBackbone):
             "img_ids": image_ids(h, w).to(text),
         }
 
-    def unpack(self, output: Tensor, latents: Tensor) -> Tensor:
-        return unpack(output, packed_grid(latents.shape[-2:]))
-
-    def pack(self, velocity: Tensor) -> Tensor:
-        return pack(velocity)
-
     def read_inputs(self, call: dict[str, Any]) -> tuple[Tensor, float, Encoding, bool]:
-        timestep = call["timestep"].flatten()
-        if not bool((timestep == timestep[0]).all()):
-            raise ValueError(f"timestep: expected one noise level for the whole batch, got {timestep.tolist()}")
         encoding = {"prompt_embeds": call["encoder_hidden_states"], "pooled_prompt_embeds": call["pooled_projections"]}
         if call.get("guidance") is not None:
             encoding["guidance"] = call["guidance"]
         extras = ("joint_attention_kwargs", "controlnet_block_samples", "controlnet_single_block_samples")
         plain = not any(call.get(name) for name in extras)
         h, w = (int(side) + 1 for side in call["img_ids"].view(-1, 3)[-1, 1:])
-        return unpack(call["hidden_states"], (h, w)), float(timestep[0]), encoding, plain
+        return unpack(call["hidden_states"], (h, w)), common_time(call), encoding, plain
 
     @torch.no_grad()
     def encode_text(

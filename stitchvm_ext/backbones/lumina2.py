@@ -19,9 +19,7 @@ class Lumina2Backbone(DiffusionBackbone):
     A sample's sequence is its text without padding, its image, and padding up to the longest of the batch. The pipeline
     puts a system prompt before prompts and none before negative prompts, and so does this adapter.
 
-    Classifier-free guidance here is the plain one, the pipeline's with ``cfg_normalization=False`` and
-    ``cfg_trunc_ratio=1``. Its default normalisation gives each row of the guided velocity the norm of the conditional
-    one's.
+    As under the pipeline's ``cfg_normalization``, the guided velocity gets the conditional one's norm back, row by row.
     """
 
     text_options = ("max_sequence_length",)
@@ -63,6 +61,10 @@ class Lumina2Backbone(DiffusionBackbone):
             list(prompts), True, negative_prompt=list(prompts), max_sequence_length=max_sequence_length
         )
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    def rescale_guidance(self, guided: Tensor, cond: Tensor) -> Tensor:
+        """The guided velocity with the norm of the conditional one in every row of a channel."""
+        return guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
     def timestep_options(self, config: dict[str, Any], steps: int, latent_hw: tuple[int, int]) -> dict[str, Any]:
         options = super().timestep_options(config, steps, latent_hw)

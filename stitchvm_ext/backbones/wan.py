@@ -35,6 +35,10 @@ class WanBackbone(DiffusionBackbone):
             )
         return cls(denoiser)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.denoiser.patch_embedding.weight.dtype  # diffusers keeps other weights in float32
+
     def grid(self, latent_hw: tuple[int, int], depth: int = 1) -> tuple[int, int]:
         return patch_grid(latent_hw, self.denoiser.config.patch_size[1])
 

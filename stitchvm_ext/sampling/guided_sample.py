@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backbones import Condition, DiffusionBackbone, Encoding, backbone_of, stack_rows
 from ..backbones.base import frozen
+from ..backbones.distilled import warn_if_few_step
 from ..backbones.identity import check_latent_space, latent_space
 from ..fused.step_graph import StepGraph
 from ..value import StitchedValue
@@ -136,6 +137,8 @@ def guided_sample(
     negatives = [p for p in negatives for _ in range(num_images_per_prompt)]
     shape = _latent_shape(pipe, backbone, len(prompts), height, width, num_frames, latents)
     _check_value(value, pipe, backbone, shape)
+    if value is not None:
+        warn_if_few_step(pipe, backbone.denoiser)
     if is_guided(backbone.denoiser):
         raise ValueError(
             "pipe: its denoiser is guided by apply_value_guidance; call remove_value_guidance(transformer) first"
@@ -211,7 +214,8 @@ def encode_condition(
         return stack_rows([encoded[text] for text in texts])
 
     uncond = rows(negatives, backbone.encode_negative) if guidance_scale > 1 else None
-    return Condition(tuple(prompts), rows(prompts, backbone.encode_text), uncond, guidance_scale)
+    cond = rows(prompts, backbone.encode_text)
+    return Condition(tuple(prompts), cond, uncond, guidance_scale, backbone.rescale_guidance)
 
 
 @torch.no_grad()

@@ -45,14 +45,15 @@ def apply_value_guidance(
             ``num_images_per_prompt`` is read off the batch.
         guidance_scale: the one that the pipeline will be called with. It decides whether a batch holds two halves, and
             the relative strength is measured against the velocity that it gives. A pipeline with distilled guidance
-            (FLUX) has one half; do not call it with ``true_cfg_scale``, which makes two passes.
+            (FLUX) has one half; its ``true_cfg_scale``, which makes two calls of a step, is refused.
         strength, mode, schedule, window, every: see :class:`~stitchvm_ext.sampling.Guidance`.
 
     Returns:
         the guide, whose ``values`` holds (sigma, V [B]) of the guided steps of the latest trajectory.
 
     Raises:
-        TypeError, ValueError: bad input, or the transformer is guided already.
+        TypeError, ValueError: bad input, or the transformer is guided already. A pipeline's call that does not fit
+            raises from within.
     """
     from diffusers.hooks import HookRegistry, ModelHook
 
@@ -102,6 +103,7 @@ class ValueGuide:
         self._step, self._sigma = -1, float("inf")
         self._shares = False
         self._term: Tensor | None = None
+        self._latents: Tensor | None = None  # of the latest call
         self._inside = False  # the estimator calls the same transformer
 
     def __call__(self, forward: Callable, *args, **kwargs):
@@ -121,9 +123,11 @@ class ValueGuide:
             return _replace(
                 forward(**call), lambda u: u if self._term is None else (u.float() - self._term).to(u.dtype)
             )
-        self._advance(sigma)
-        self._term = None
         backbone = self.value.backbone
+        if backbone.distilled_guidance and self._step > 0 and sigma == self._sigma and latents.equal(self._latents):
+            raise ValueError("true_cfg_scale: expected one call of the transformer for each step, got a second one")
+        self._advance(sigma)
+        self._term, self._latents = None, latents
         with_cfg = self.guidance_scale > 1 and not backbone.distilled_guidance
         if self._step == 0:
             self._check_batch(latents, encoding, with_cfg)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..backbones import backbone_of
+from ..backbones.distilled import warn_if_few_step
 from ..backbones.identity import latent_space
 from ..data import ImageSource, as_image_source
 from ..rewards.base import RewardModel, skip_blocks
@@ -121,6 +122,7 @@ def stitch(
     latent_size = _check_images(backbone, pipe, source, probe_images, config)
     state = processes(backbone.device)
     config.check_processes(state.num_processes)
+    warn_if_few_step(pipe, backbone.denoiser)
 
     text_options = dict(text_options or {})
     null_condition = backbone.null_condition(pipe, **text_options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -93,6 +95,20 @@ def test_tokens_are_row_major_frame_by_frame(family):
         assert frame == family.frames - 1 and row >= h - 2 and column <= 1
 
 
+def test_half_precision(family):
+    """The denoiser takes what it is given in bfloat16, and says nearly the same."""
+    b = family.backbone
+    half = type(b).from_pipe(family.pipe, copy.deepcopy(b.denoiser).to(torch.bfloat16))
+    sigma, encoding = torch.tensor([0.25, 0.5]), dict(family.encoding)  # times and guidance without rounding
+    if "guidance" in encoding:
+        encoding["guidance"] = torch.full((2,), 4.0)
+    velocity, tokens, _ = half.velocity_and_features(family.latents, sigma, encoding, 1)
+    assert tokens.dtype == torch.bfloat16
+    with torch.no_grad():
+        exact = b.velocity(family.latents, sigma, encoding)
+    assert (velocity.float() - exact).norm() < 0.05 * exact.norm()
+
+
 def test_samples_do_not_mix(family):
     """The gradient of one sample's tokens lies on its own latent, and everywhere on it after the last cut."""
     b = family.backbone
@@ -150,7 +166,7 @@ def test_unguided_samples_are_the_pipelines_own(family):
         options["num_frames"] = 1 + family.pipe.vae_scale_factor_temporal
     generators = lambda: [torch.Generator().manual_seed(s) for s in (5, 6)]  # noqa: E731
     family.pipe.set_progress_bar_config(disable=True)
-    expected = family.pipe(PROMPTS, generator=generators(), **pipeline_options(family), **options)
+    expected = family.pipe(prompt=PROMPTS, generator=generators(), **pipeline_options(family), **options)
     expected = getattr(expected, "frames", None) if b.is_video else expected.images
     ours = guided_sample(
         family.pipe, None, PROMPTS, guidance_scale=4.0, generator=generators(), progress=False, **options
@@ -159,8 +175,9 @@ def test_unguided_samples_are_the_pipelines_own(family):
 
 
 def pipeline_options(family) -> dict:
-    """What the pipeline is called with beyond the usual for guidance 4."""
-    return {"guidance_scale": 4.0, **getattr(family.pipe, "test_options", {})}
+    """What the pipeline is called with beyond the usual for guidance 4; None for an option that it does not have."""
+    options = {"guidance_scale": 4.0, **getattr(family.pipe, "test_options", {})}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def test_images_are_encoded_as_the_pipeline_decodes_them(family):

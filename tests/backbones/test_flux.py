@@ -76,6 +76,18 @@ def test_hook_inside_the_pipelines_call_is_guided_sample(make_value, depth, prom
     assert ours.denoiser_evaluations == pytest.approx(2 * 3 + extra)
 
 
+def test_hook_refuses_two_passes_a_step(make_value):
+    pipe = tiny_flux()
+    options = {"num_inference_steps": 2, "max_sequence_length": 12, "output_type": "latent"}
+    apply_value_guidance(pipe.transformer, make_value(1, False), PROMPTS, guidance_scale=3.5)
+    try:
+        with pytest.raises(ValueError, match="true_cfg_scale: expected one call of the transformer for each step"):
+            pipe(PROMPTS, true_cfg_scale=2.0, negative_prompt=["", ""], **options)
+        pipe(PROMPTS, **options)
+    finally:
+        remove_value_guidance(pipe.transformer)
+
+
 def test_prompt_conditioned_prefix_serves_both(make_value):
     value = make_value(2, True)
     encoding = value.backbone.encode_text(tiny_flux(), PROMPTS, max_sequence_length=12)
@@ -88,3 +100,20 @@ def test_prompt_conditioned_prefix_serves_both(make_value):
         torch.testing.assert_close(shared[k], separate[k], rtol=1e-4, atol=1e-6)
     null_value, null_grad = make_value(2, False).value_and_grad(LATENTS, 0.6, condition)
     assert not torch.allclose(null_value, shared[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("negative", ["", "three green squares"])
+def test_true_cfg_is_the_pipelines_own(negative):
+    pipe = tiny_flux()
+    generators = lambda: [torch.Generator().manual_seed(s) for s in (5, 6)]  # noqa: E731
+    options = {
+        "num_inference_steps": 3, "guidance_scale": 2.0, "true_cfg_scale": 3.0, "negative_prompt": [negative] * 2,
+        "max_sequence_length": 12, "output_type": "latent",
+    }  # fmt: skip
+    expected = pipe(PROMPTS, generator=generators(), **options).images
+    ours = guided_sample(pipe, None, PROMPTS, generator=generators(), progress=False, **options)
+    torch.testing.assert_close(pack(ours.latents), expected, rtol=0, atol=5e-4)
+    plain = guided_sample(
+        pipe, None, PROMPTS, generator=generators(), progress=False, **options | {"true_cfg_scale": 1}
+    )
+    assert (plain.latents - ours.latents).abs().max() > 0.02

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stitchvm_ext.backbones import backbone_of
+from stitchvm_ext.sampling.schedule import pipeline_sigmas
 from tests.tiny.sana import tiny_sana
 
 
@@ -22,6 +23,16 @@ def test_texts_are_those_of_the_pipelines_call(monkeypatch):
     for got, expected in zip([prompt[n] for n in names] + [null[n] for n in names], seen["texts"], strict=True):
         torch.testing.assert_close(got, expected)
     assert not torch.equal(b.encode_text(pipe, [""])["prompt_embeds"], null["prompt_embeds"])
+
+
+def test_noise_levels_of_the_real_scheduler(monkeypatch):
+    from diffusers import DPMSolverMultistepScheduler
+
+    pipe = tiny_sana()
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    monkeypatch.setattr(pipe, "scheduler", DPMSolverMultistepScheduler(**flow))
+    sigmas = pipeline_sigmas(pipe, backbone_of(pipe), 5, (16, 16))
+    assert len(sigmas) == 6 and sigmas[0] > 0.99 and sigmas[-1] == 0
 
 
 def test_sana_sprint_is_refused():

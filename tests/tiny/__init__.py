@@ -51,13 +51,13 @@ def tiny_autoencoder(seed: int = 0, shift_factor: float | None = 0.06, levels: i
     )  # fmt: skip
 
 
-def clip_text_encoder(vocabulary: int = len(models.WORDS), projected: bool = True):
+def clip_text_encoder(vocabulary: int = len(models.WORDS), projected: bool = True, positions: int = models.MAX_TOKENS):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(
         CLIPTextConfig(
             vocab_size=vocabulary, hidden_size=32, intermediate_size=64, projection_dim=32, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=models.MAX_TOKENS,
+            num_attention_heads=4, max_position_embeddings=positions,
             bos_token_id=models.BOS_ID, eos_token_id=models.EOS_ID, pad_token_id=models.PAD_ID,
         )
     ).eval().requires_grad_(False)  # fmt: skip

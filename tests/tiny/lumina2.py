@@ -29,6 +29,5 @@ def tiny_lumina2(dynamic_shifting: bool = False):
         tokenizer=models.build_tokenizer(),
     )
     pipe.vae_scale_factor = 2  # the class has 8 for every autoencoder
-    pipe.test_options = {"cfg_normalization": False}
     pipe.set_progress_bar_config(disable=True)
     return pipe

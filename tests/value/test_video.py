@@ -5,7 +5,8 @@ import torch
 
 from stitchvm_ext import StitchedValue, guided_sample, stitch
 from stitchvm_ext.backbones import Condition, backbone_of
-from stitchvm_ext.value import FinetuneConfig, search_stitch
+from stitchvm_ext.value import FinetuneConfig, MonteCarloValue, TweedieValue, search_stitch
+from stitchvm_ext.value.base import score_images
 from stitchvm_ext.value.stitching import untrained_value
 from tests.tiny.rewards import tiny_clip
 from tests.tiny.wan import tiny_wan
@@ -120,6 +121,35 @@ def test_guided_videos(make_value):
     with torch.no_grad():
         before, after = (value.value(out.latents, 0.0, condition) for out in (plain, guided))
     assert bool((after > before).all())
+
+
+@pytest.mark.parametrize("transition", ["flow_grpo", "linear_sde"])
+def test_guided_videos_with_noise(make_value, transition):
+    """A sample does not depend on the others, in the noise of its steps neither."""
+    options = {"num_frames": 5, "height": 64, "width": 64, "num_inference_steps": 3, "guidance_scale": 3.0}
+    options |= {"output_type": "latent", "progress": False, "max_sequence_length": 12, "transition": transition}
+    value = make_value()
+    generators = lambda *seeds: [torch.Generator().manual_seed(s) for s in seeds]  # noqa: E731
+    both = guided_sample(tiny_wan(), value, list(PROMPTS), generator=generators(1, 2), **options).images
+    one = guided_sample(tiny_wan(), value, PROMPTS[1], generator=generators(2), **options).images
+    torch.testing.assert_close(both[1:], one, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(both[0], both[1], atol=0.1)
+
+
+def test_baselines_score_every_decoded_frame(condition, latents, reward):
+    pipe = tiny_wan()
+    tweedie = TweedieValue(pipe, reward)
+    backbone = tweedie.backbone
+    with torch.no_grad():
+        clean = latents - 0.4 * backbone.guided_velocity(latents, torch.tensor(0.4), condition)
+        frames = backbone.decode_latents(pipe.vae, clean)
+        assert frames.shape == (2, 3, 9, 64, 64)
+        scores = [score_images(reward, frames[:, :, f], PROMPTS) for f in range(9)]
+    value, grad = tweedie.value_and_grad(latents, 0.4, condition)
+    torch.testing.assert_close(value, torch.stack(scores).mean(0))
+    assert grad.shape == latents.shape
+    rollouts = MonteCarloValue(pipe, reward, num_rollouts=2, num_steps=2)
+    assert rollouts.value(latents, 0.4, condition).shape == (2,)
 
 
 def test_stitching_learns_from_single_frames(reward, images, tmp_path):
