@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ def _detect(images: Any) -> ImageSource:
         return WebDatasetImages(images) if _is_shard(images) else ImageFiles(images)
     if type(images).__module__.split(".")[0] == "datasets":
         return HuggingFaceImages(images)
+    if not isinstance(images, Iterable):
+        raise TypeError(f"images: expected images, their paths or a dataset, got {type(images).__name__}")
     images = list(images)
     if images and all(isinstance(image, str | Path) for image in images):
         shards = [_is_shard(image) for image in images]

@@ -31,7 +31,7 @@ class ImageFiles(ImageSource):
         if isinstance(paths, str | Path):
             self.root = Path(paths)
             if not self.root.is_dir():
-                raise OSError(f"images: expected a folder of images, got {paths}, which is not there")
+                raise OSError(f"images: expected a folder of images, got {paths}, which is none")
             self.paths = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
             if not self.paths:
                 raise OSError(f"images: expected image files ({', '.join(EXTENSIONS)}) in {paths}, got none")

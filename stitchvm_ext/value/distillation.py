@@ -1,12 +1,7 @@
-"""What a step of stage 2 trains on, and the loss (METHOD.md §4)."""
+"""Noise levels and loss of stage 2 (METHOD.md §4)."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,46 +40,3 @@ def distillation_loss(
         "embedding": F.smooth_l1_loss(output.normalized, embeddings),
         "score": F.smooth_l1_loss(teacher.score(output, None), target_score),
     }
-
-
-@dataclass(frozen=True)
-class StepData:
-    """Images, noise levels and noise of one optimiser step. They follow from (seed, step) alone, so that a step is the
-    same however many processes share it and whenever it is run.
-
-    Attributes:
-        index: the images, int64 [B]: a fresh permutation every epoch, the incomplete last batch dropped.
-        sigma: noise levels [B].
-        prompted: whether the backbone reads the images' own captions in this step.
-    """
-
-    seed: int
-    step: int
-    index: Tensor
-    sigma: Tensor
-    prompted: bool
-
-    @classmethod
-    def of(cls, seed: int, step: int, count: int, batch_size: int, prompt_share: float) -> StepData:
-        """The data of a step over ``count`` images."""
-        epoch, position = divmod(step, max(1, count // batch_size))
-        order = _order(seed, epoch, count)
-        index = torch.from_numpy(order[position * batch_size : (position + 1) * batch_size])
-        generator = _generator(seed, step)
-        sigma = centre_biased_sigmas(len(index), generator)
-        prompted = torch.rand((), generator=generator).item() < prompt_share
-        return cls(seed, step, index, sigma, prompted)
-
-    def noise(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
-        """Noise [R, *shape] of some rows of the step, each from a generator of its own."""
-        draws = [torch.randn(tuple(shape), generator=_generator(self.seed, self.step, r)) for r in rows.tolist()]
-        return torch.stack(draws)
-
-
-@functools.lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(count)
-
-
-def _generator(*key: int) -> torch.Generator:
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,7 +21,8 @@ from tqdm import tqdm
 from ..backbones import Encoding, expand_rows, expand_sigma, is_same_encoding
 from ..backbones.identity import fingerprint
 from ..rewards.base import RewardModel, RewardOutput
-from .distillation import StepData, distillation_loss
+from .batches import Batch, StepData, read_ahead, read_batch
+from .distillation import distillation_loss
 from .processes import from_main, mean_over, processes
 from .stitched import StitchedValue, rows_read_by
 from .targets import DistillationTargets
@@ -172,7 +172,9 @@ def finetune(
         module = DistributedDataParallel(
             trained,
             device_ids=[device] if device.type == "cuda" else None,
-            find_unused_parameters=True,  # rewards may have weights that distillation does not reach
+            # A reward may have weights that distillation does not reach. And gradients keep one order in their buckets,
+            # so that a resumed run adds them up as an uninterrupted one does.
+            find_unused_parameters=True,
         )
 
     # Pass p of a step, of all passes in all processes, has the rows p, p + passes, p + 2 passes ...
@@ -182,7 +184,7 @@ def finetune(
         StepData.of(config.seed, step, len(targets), config.batch_size, config.prompt_share)
         for step in range(start, stop)
     )
-    batches = _read_ahead(partial(_read, targets, data, rows) for data in steps for rows in own)
+    batches = read_ahead(partial(read_batch, targets, data, rows) for data in steps for rows in own)
     bar = tqdm(
         range(start, stop), initial=start, total=stop, desc="finetune", disable=not (progress and state.is_main_process)
     )
@@ -278,42 +280,9 @@ def _identity(values: list[StitchedValue], targets: DistillationTargets, config:
     }
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """What one pass reads, on the CPU: clean latents, each teacher's tokens and embeddings, noise, noise levels, and
-    the encodings of the captions (None for the null text).
-    """
-
-    clean: Tensor
-    wanted: list[tuple[Tensor, Tensor]]
-    noise: Tensor
-    sigma: Tensor
-    encoding: Encoding | None
-
-
-def _read(targets: DistillationTargets, data: StepData, rows: Tensor) -> _Batch:
-    """Some rows of a step."""
-    index = data.index[rows]
-    clean, wanted = targets.batch(index)
-    encoding = targets.encodings(index) if data.prompted else None
-    return _Batch(clean, wanted, data.noise(rows, clean.shape[1:]), data.sigma[rows], encoding)
-
-
-def _read_ahead(calls: Iterable[Callable[[], _Batch]]) -> Iterator[_Batch]:
-    """The results of calls, in order; while one is used, a thread makes the next."""
-    with ThreadPoolExecutor(1) as pool:
-        running = None
-        for call in calls:
-            done, running = running, pool.submit(call)
-            if done is not None:
-                yield done.result()
-        if running is not None:
-            yield running.result()
-
-
 @torch.no_grad()
 def _enter(
-    values: list[StitchedValue], batch: _Batch, device: torch.device
+    values: list[StitchedValue], batch: Batch, device: torch.device
 ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
     """The tokens that each value's stitch reads, and each teacher's tokens and embeddings in float32, on the device."""
     clean, sigma = batch.clean.to(device), batch.sigma.to(device)

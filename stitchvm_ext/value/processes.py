@@ -15,9 +15,17 @@ def processes(device: torch.device) -> PartialState:
 
     It is accelerate's ``PartialState`` and no ``Accelerator``, which a caller may have made for purposes of its own and
     which cannot be made twice with different settings.
+
+    Raises:
+        ValueError: one of several processes has its models on another's GPU.
     """
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return PartialState(cpu=several and device.type == "cpu")
+    state = PartialState(cpu=several and device.type == "cpu")
+    if several and device.type == "cuda" and device != state.device:
+        raise ValueError(
+            f"pipe: expected it on {state.device}, the device of process {state.process_index}, got {device}"
+        )
+    return state
 
 
 def from_main(state: PartialState, value: Any) -> Any:

@@ -95,7 +95,8 @@ def stitch(
             and training runs the backbone once for all.
         images: a tensor [N, 3, H, W], uint8 or float in [0, 1]; PIL images; a folder; paths of image files; a
             ``datasets.Dataset`` or ``IterableDataset``; webdataset shards ("shards/{000..009}.tar"); or an
-            :class:`stitchvm_ext.data.ImageSource`. They are streamed.
+            :class:`stitchvm_ext.data.ImageSource`. They are streamed. Captions beside them (see there) are read with
+            ``config.prompt_share``.
         depth: i, backbone blocks kept; 0 for the baseline without the backbone; None for the search's pick.
         layer: j, the reward block entered; None for the search's pick.
         tokens: position and class tokens at j > 1, "fitted" or "literal", see :func:`search_stitch`.

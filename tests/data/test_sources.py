@@ -263,6 +263,7 @@ def test_floats_stay_as_they_are():
         (["/nowhere.png"], OSError, "expected image files, got /nowhere.png"),
         (["a.png", "b.tar"], ValueError, "got paths of both"),
         ([1, 2], TypeError, "got int at position 0"),
+        (3, TypeError, "expected images, their paths or a dataset, got int"),
     ],
 )
 def test_what_is_no_image_source_is_refused(images, error, message):

@@ -1,8 +1,9 @@
 """A whole run of :func:`stitch` on the small models, as a program of its own: for torchrun, and to be killed.
 
-    stitch_run.py WORK_DIR RESULT [--accumulate N] [--epochs N] [--kill-seed N]
+    stitch_run.py WORK_DIR RESULT [--accumulate N] [--epochs N] [--stop-at N] [--kill-seed N]
 
-Trains values of two rewards and writes their weights to RESULT, from the main process. With ``--kill-seed`` the run is
+Trains values of two rewards and writes their weights to RESULT, from the main process. With ``--stop-at`` it ends after
+that many steps. With ``--kill-seed`` the run is
 started and killed ten times, by SIGKILL, at moments drawn from that seed; it prints what each kill left, and leaves the
 rest to another call.
 """
@@ -33,6 +34,8 @@ stitching.cache_targets = functools.partial(stitching.cache_targets, shard_size=
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     coarse = torch.rand(72, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    if args.stop_at:
+        stitching.finetune = functools.partial(stitching.finetune, stop_at=args.stop_at)
     config = FinetuneConfig(
         epochs=args.epochs, batch_size=8, learning_rate=1e-4, warmup_steps=4, save_every=3,
         gradient_accumulation_steps=args.accumulate,
@@ -84,6 +87,7 @@ if __name__ == "__main__":
     parser.add_argument("result", type=Path)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--stop-at", type=int)
     parser.add_argument("--kill-seed", type=int)
     args = parser.parse_args()
     run(args) if args.kill_seed is None else run_killed(args)

@@ -13,7 +13,7 @@ from stitchvm_ext import stitch
 from stitchvm_ext.backbones import backbone_of
 from stitchvm_ext.data import TensorImages
 from stitchvm_ext.value import FinetuneConfig, finetune, search_stitch
-from stitchvm_ext.value.distillation import StepData
+from stitchvm_ext.value.batches import StepData
 from stitchvm_ext.value.finetune import prefix_tokens
 from stitchvm_ext.value.stitching import untrained_value
 from stitchvm_ext.value.targets import cache_targets
@@ -251,16 +251,30 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """The folder of a run of one process with two passes per step."""
+    folder = tmp_path_factory.mktemp("one")
+    run(folder / "work", folder / "result.pt", "--accumulate", 2)
+    return folder
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path):
-    run(tmp_path / "one", tmp_path / "one.pt", "--accumulate", 2)
-    run(tmp_path / "two", tmp_path / "two.pt", processes=2)
-    assert_close(load(tmp_path / "two.pt"), load(tmp_path / "one.pt"), rtol=1e-5, atol=1e-6)
-    states = [load(next((tmp_path / name).glob("state_*.pt"))) for name in ("one", "two")]
+def test_two_processes_equal_one_with_twice_the_accumulation(one_process, tmp_path):
+    run(tmp_path / "work", tmp_path / "result.pt", processes=2)
+    assert_close(load(tmp_path / "result.pt"), load(one_process / "result.pt"), rtol=1e-5, atol=1e-6)
+    states = [load(next((folder / "work").glob("state_*.pt"))) for folder in (one_process, tmp_path)]
     assert states[0]["step"] == states[1]["step"] == 14
     for one, two in zip(states[0]["history"], states[1]["history"], strict=True):
         for name in one:
             assert two[name] == pytest.approx(one[name], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_goes_on_in_two(one_process, tmp_path):
+    run(tmp_path / "work", tmp_path / "begun.pt", "--stop-at", 5, "--accumulate", 2)
+    run(tmp_path / "work", tmp_path / "result.pt", processes=2)
+    assert_close(load(tmp_path / "result.pt"), load(one_process / "result.pt"), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
