@@ -20,6 +20,7 @@ from harness import save
 
 from stitchvm_ext.backbones import backbone_of
 from stitchvm_ext.backbones.latents import encode_images
+from stitchvm_ext.data.source import as_unit_images
 from stitchvm_ext.playground import load_pipeline, load_reward, world
 from stitchvm_ext.playground.experiments import held_out, noise_level_accuracy, picture_tensor
 from stitchvm_ext.playground.train import PICTURE_SEED
@@ -27,7 +28,7 @@ from stitchvm_ext.playground.train_value import CONFIG, PROBE_PICTURES
 from stitchvm_ext.value import finetune, search_stitch
 from stitchvm_ext.value.search import TOKENS
 from stitchvm_ext.value.stitching import untrained_value
-from stitchvm_ext.value.targets import as_unit_images, cache_targets
+from stitchvm_ext.value.targets import cache_targets
 
 SIGMAS = (0.1, 0.5, 0.75)
 TEXT_OPTIONS = {"max_sequence_length": 0}
@@ -66,7 +67,7 @@ def main() -> None:
     config = replace(CONFIG, epochs=1)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        targets = cache_targets(scratch, pipe.vae, reward, images[:-PROBE_PICTURES])
+        targets = cache_targets(scratch, pipe, reward, images[:-PROBE_PICTURES])
         for layer in searches["fitted"].layers:
             for tokens, search in searches.items():
                 if layer == 1 and tokens == "literal":

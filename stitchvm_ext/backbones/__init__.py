@@ -5,10 +5,35 @@ from __future__ import annotations
 from .base import DiffusionBackbone
 from .condition import Condition, Encoding, expand_rows, is_same_encoding, stack_rows
 from .conditioning import ConditioningTable, precompute_conditioning
+from .ddpm import DDPMBackbone
+from .flux import FluxBackbone
+from .flux2 import Flux2Backbone
+from .hunyuan_dit import HunyuanDiTBackbone
+from .hunyuan_image import HunyuanImageBackbone
+from .hunyuan_video import HunyuanVideoBackbone
+from .lumina2 import Lumina2Backbone
+from .pixart import PixArtBackbone
 from .process import DDPM, ForwardProcess, RectifiedFlow, ReversedFlow, expand_sigma
+from .qwen_image import QwenImageBackbone
+from .sana import SanaBackbone
 from .sd3 import SD3Backbone
+from .unet import UNetBackbone
+from .wan import WanBackbone
 
-REGISTRY: dict[str, type[DiffusionBackbone]] = {"SD3Transformer2DModel": SD3Backbone}
+REGISTRY: dict[str, type[DiffusionBackbone]] = {
+    "Flux2Transformer2DModel": Flux2Backbone,
+    "FluxTransformer2DModel": FluxBackbone,
+    "HunyuanDiT2DModel": HunyuanDiTBackbone,
+    "HunyuanImageTransformer2DModel": HunyuanImageBackbone,
+    "HunyuanVideoTransformer3DModel": HunyuanVideoBackbone,
+    "Lumina2Transformer2DModel": Lumina2Backbone,
+    "PixArtTransformer2DModel": PixArtBackbone,
+    "QwenImageTransformer2DModel": QwenImageBackbone,
+    "SD3Transformer2DModel": SD3Backbone,
+    "SanaTransformer2DModel": SanaBackbone,
+    "UNet2DConditionModel": UNetBackbone,
+    "WanTransformer3DModel": WanBackbone,
+}
 """Adapter by the class name of the transformer or U-Net. A new backbone is one small class and one line here."""
 
 
@@ -36,13 +61,25 @@ __all__ = [
     "Condition",
     "ConditioningTable",
     "DDPM",
+    "DDPMBackbone",
     "DiffusionBackbone",
     "Encoding",
+    "Flux2Backbone",
+    "FluxBackbone",
     "ForwardProcess",
+    "HunyuanDiTBackbone",
+    "HunyuanImageBackbone",
+    "HunyuanVideoBackbone",
+    "Lumina2Backbone",
+    "PixArtBackbone",
+    "QwenImageBackbone",
     "REGISTRY",
     "RectifiedFlow",
     "ReversedFlow",
     "SD3Backbone",
+    "SanaBackbone",
+    "UNetBackbone",
+    "WanBackbone",
     "backbone_of",
     "expand_rows",
     "expand_sigma",

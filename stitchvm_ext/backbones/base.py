@@ -7,10 +7,11 @@ shared prefix) is written once, here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +42,10 @@ class DiffusionBackbone:
     is_video: bool = False
     text_options: tuple[str, ...] = ()  # names of the options of :meth:`encode_text`
     max_shift: float = 1.15  # of dynamic shifting, where the scheduler's configuration has none
+    even_sigmas: bool = False  # the pipeline gives the scheduler sigmas 1 .. 1/T to shift, in place of its own
+    float32_noise: bool = False  # the pipeline draws noise in float32, not in the denoiser's dtype
     distilled_guidance: bool = False  # guidance_scale is an input of the model, "guidance" in the text options
+    rescale_guidance: Callable[[Tensor, Tensor], Tensor] | None = None  # of a :class:`Condition`
 
     def __init__(self, denoiser: nn.Module, process: ForwardProcess | None = None):
         self.denoiser = denoiser
@@ -86,6 +90,10 @@ class DiffusionBackbone:
         """The denoiser's first output in the shape of the latents: undoes what :meth:`inputs` did to them."""
         return output
 
+    def pack(self, velocity: Tensor) -> Tensor:
+        """The inverse of :meth:`unpack`."""
+        return velocity
+
     def read_inputs(self, call: dict[str, Any]) -> tuple[Tensor, float, Encoding, bool]:
         """The inverse of :meth:`inputs`, for a pipeline's call: latents, sigma, encoding, and whether the call
         holds nothing that changes the blocks (ControlNet residuals, attention arguments).
@@ -99,24 +107,31 @@ class DiffusionBackbone:
         """Encode texts by the pipeline's own text encoders, one row each."""
         raise NotImplementedError
 
+    def encode_negative(self, pipe, prompts: list[str], **options) -> Encoding:
+        """Encode negative prompts, for a pipeline that treats them otherwise (without a system prompt, say)."""
+        return self.encode_text(pipe, prompts, **options)
+
     def timestep_options(self, config: dict[str, Any], steps: int, latent_hw: tuple[int, int]) -> dict[str, Any]:
         """How the pipeline calls ``scheduler.set_timesteps(num_inference_steps=steps, ...)``, beyond that.
 
         Args:
             config: the scheduler's.
         """
-        if not config.get("use_dynamic_shifting"):
-            return {}
-        return {"mu": shift_for_tokens(config, self.grid(latent_hw), self.max_shift)}
+        options = {}
+        if config.get("use_dynamic_shifting"):
+            options["mu"] = shift_for_tokens(config, self.grid(latent_hw), self.max_shift)
+        if self.even_sigmas and not config.get("use_flow_sigmas"):
+            options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+        return options
 
     def latent_size(self, pipe, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(H, W) of the latents of an image of some size in pixels, by default the pipeline's.
 
         Raises ValueError for a size that the autoencoder does not divide.
         """
-        factor, default = self.pixel_factor(pipe), self.default_latent_size(pipe)
+        factor, defaults = self.pixel_factor(pipe), self.default_latent_size(pipe)
         sizes = []
-        for name, side in (("height", height), ("width", width)):
+        for name, side, default in zip(("height", "width"), (height, width), defaults, strict=True):
             if side is not None and side % factor:
                 raise ValueError(f"{name}: expected a multiple of {factor} pixels, got {side}")
             sizes.append(default if side is None else side // factor)
@@ -133,8 +148,8 @@ class DiffusionBackbone:
         """Pixels per latent position along each axis."""
         return pipe.vae_scale_factor
 
-    def default_latent_size(self, pipe) -> int:
-        return getattr(pipe, "default_sample_size", None) or self.denoiser.config.sample_size
+    def default_latent_size(self, pipe) -> tuple[int, int]:
+        return (getattr(pipe, "default_sample_size", None) or self.denoiser.config.sample_size,) * 2
 
     # -- the autoencoder -----------------------------------------------------------------------------------------------
 
@@ -161,8 +176,10 @@ class DiffusionBackbone:
         return next(self.denoiser.parameters()).device
 
     def null_condition(self, pipe, **options) -> Encoding:
-        """One row: the empty prompt through the pipeline's text encoders (METHOD.md §2)."""
-        return self.encode_text(pipe, [""], **options)
+        """One row: the empty prompt through the pipeline's text encoders (METHOD.md §2), as its unconditional branch
+        reads it.
+        """
+        return self.encode_negative(pipe, [""], **options)
 
     def check_depth(self, depth: int) -> None:
         if not 1 <= depth <= self.depth:
@@ -191,7 +208,7 @@ class DiffusionBackbone:
         return self.inputs(self.process.model_latents(latents, sigma), sigma, encoding)
 
     def image_tokens(self, output, latents: Tensor, depth: int) -> Tensor:
-        """Image tokens [B, N, width] of what block ``depth`` returned."""
+        """Image tokens [B, N, width] of what block ``depth`` returned, or of the tokens alone."""
         tokens = output[self.image_tokens_index] if isinstance(output, tuple) else output
         return tokens[:, -self._token_count(latents, depth) :].to(self.dtype)
 
@@ -211,7 +228,7 @@ class DiffusionBackbone:
         shell = self.truncated(depth)
         shell(**self.call_inputs(latents, sigma, encoding), return_dict=False)
         tokens, shell.norm_out.tokens = shell.norm_out.tokens, None
-        return tokens[:, -self._token_count(latents, depth) :].to(self.dtype)
+        return self.image_tokens(tokens, latents, depth)
 
     def features(
         self,
@@ -374,6 +391,14 @@ class DiffusionBackbone:
             handle.remove()
         velocity = self.process.velocity(self.unpack(output.detach(), latents), latents, sigma)
         return velocity, found, leaf
+
+
+def patch_grid(latent_hw: tuple[int, int], patch: int) -> tuple[int, int]:
+    """Grid of patches of a latent of size (H, W). Raises ValueError for a size that they do not divide."""
+    h, w = (side // patch for side in latent_hw)
+    if (h * patch, w * patch) != tuple(latent_hw) or not (h and w):
+        raise ValueError(f"latents: expected height and width to be multiples of {patch}, got {tuple(latent_hw)}")
+    return h, w
 
 
 def shift_for_tokens(config: dict[str, Any], grid: tuple[int, int], max_shift: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,12 +22,14 @@ class Condition:
         cond: encodings of the prompts, B rows each.
         uncond: encodings of the negative prompts, B rows each; None without classifier-free guidance.
         guidance_scale: s of ``u + s (c - u)``; 1 means no guidance.
+        rescale: makes the guided velocity out of ``u + s (c - u)`` and c, for pipelines that go on from there.
     """
 
     prompts: tuple[str, ...]
     cond: Encoding
     uncond: Encoding | None = None
     guidance_scale: float = 1.0
+    rescale: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self):
         for branch in (self.cond, self.uncond or {}):
@@ -44,7 +46,10 @@ class Condition:
 
     def guide(self, cond: Tensor, uncond: Tensor | None) -> Tensor:
         """The velocity of classifier-free guidance from those of the two branches; ``cond`` without a second one."""
-        return cond if uncond is None else uncond + self.guidance_scale * (cond - uncond)
+        if uncond is None:
+            return cond
+        guided = uncond + self.guidance_scale * (cond - uncond)
+        return guided if self.rescale is None else self.rescale(guided, cond)
 
     def rows(self, index) -> Condition:
         """The condition of some samples; ``index`` is a slice or a list of positions."""

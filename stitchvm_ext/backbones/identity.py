@@ -12,14 +12,15 @@ from .latents import normalisation
 
 
 def fingerprint(backbone: DiffusionBackbone, depth: int) -> dict[str, Any]:
-    """What a saved value model remembers of its backbone: class, width and depth, and a few weights of each kept
-    block.
+    """What a saved value model remembers of its backbone: class, width and depth, the noise levels that its scheduler
+    sets, and a few weights of each kept block.
     """
     return {
         "class": type(backbone.denoiser).__name__,
         "width": backbone.width(max(depth, 1)),
         "depth": backbone.depth,
         "latent_channels": backbone.latent_channels,
+        "noise_levels": backbone.process.noise_levels(),
         "weights": [
             _sample_weights(next(p for p in block.parameters() if p.ndim > 1)) for block in backbone.blocks[:depth]
         ],
@@ -34,6 +35,10 @@ def check_fingerprint(backbone: DiffusionBackbone, expected: dict[str, Any], dep
             raise ValueError(
                 f"pipe: the value model was made for a backbone with {name} {expected[name]}, got {got[name]}"
             )
+    if not _is_close(got["noise_levels"], expected.get("noise_levels", [])):
+        raise ValueError(
+            "pipe: the value model was made for other noise levels; is pipe.scheduler configured for this model?"
+        )
     for number, (mine, theirs) in enumerate(zip(got["weights"], expected["weights"], strict=True), 1):
         if not _is_close(mine, theirs):
             raise ValueError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 
 def _is_video(vae) -> bool:
@@ -30,6 +33,29 @@ def normalisation(vae) -> list[float]:
     return [float(v) for part in _statistics(vae, channels) for v in torch.as_tensor(part).flatten()]
 
 
+def _working_dtype(vae) -> torch.dtype:
+    """The autoencoder's dtype, or float32 where it overflows in float16: ``force_upcast``, of SDXL's."""
+    return torch.float32 if vae.dtype == torch.float16 and vae.config.get("force_upcast") else vae.dtype
+
+
+class _Method(nn.Module):
+    def __init__(self, vae, name: str):
+        super().__init__()
+        self.vae, self.name = vae, name
+
+    def forward(self, x: Tensor):
+        return getattr(self.vae, self.name)(x)
+
+
+def _run(vae, name: str, x: Tensor):
+    """What ``vae.encode`` or ``vae.decode`` returns, computed in x's dtype. The weights stay in theirs."""
+    if x.dtype == vae.dtype:
+        return getattr(vae, name)(x)
+    tensors = chain(vae.named_parameters(), vae.named_buffers())
+    state = {f"vae.{n}": t.to(x.dtype) if t.is_floating_point() else t for n, t in tensors}
+    return functional_call(_Method(vae, name), state, (x,))
+
+
 @torch.no_grad()
 def encode_images(vae, images: Tensor) -> Tensor:
     """z_0 = E(x_0): the posterior mode, float32, shifted and scaled.
@@ -41,10 +67,10 @@ def encode_images(vae, images: Tensor) -> Tensor:
         [B, C, h, w]; of a video autoencoder [B, C, T, h, w], T = 1 for images. FLUX.2's are patchified, as its pipeline
         has them.
     """
-    pixels = images.to(vae.dtype) * 2 - 1
+    pixels = images.to(_working_dtype(vae)) * 2 - 1
     if _is_video(vae) and pixels.ndim == 4:
         pixels = pixels.unsqueeze(2)
-    encoded = vae.encode(pixels)
+    encoded = _run(vae, "encode", pixels)
     raw = (encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent).float()
     if hasattr(vae, "bn"):
         raw = F.pixel_unshuffle(raw, 2)
@@ -62,4 +88,4 @@ def decode_latents(vae, latents: Tensor) -> Tensor:
         raw = F.pixel_shuffle(raw, 2)
     if _is_video(vae) and raw.ndim == 4:
         raw = raw.unsqueeze(2)
-    return vae.decode(raw.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5
+    return _run(vae, "decode", raw.to(_working_dtype(vae))).sample.float() / 2 + 0.5

@@ -40,6 +40,10 @@ class ForwardProcess(ABC):
         """``u_t(z_t)`` of flow latents z_t from the model's output there."""
         return output
 
+    def noise_levels(self) -> list[float]:
+        """A few flow times by which a process that is not the model class's own choice is known again."""
+        return []
+
 
 class RectifiedFlow(ForwardProcess):
     """The model is a rectified flow already; it takes ``scale * t`` as time."""
@@ -65,7 +69,8 @@ class DDPM(ForwardProcess):
     """Discrete variance-preserving diffusion, ``z_k = sqrt(a_k) z_0 + sqrt(1 - a_k) eps`` (Ho et al. 2020).
 
     Flow times between those of two timesteps get a fractional timestep, linear in ``log(sigma / alpha)``. Times beyond
-    the noisiest timestep (t = 0.94 for Stable Diffusion's schedule) are taken as that one: the model knows no other.
+    the noisiest timestep (t = 0.94 for Stable Diffusion's schedule) are taken as that one, and those below the least
+    noisy one (0.03) likewise: the model knows no other.
 
     Args:
         alphas_cumprod: a_k, [K], decreasing.
@@ -76,34 +81,43 @@ class DDPM(ForwardProcess):
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type: expected one of {list(PREDICTION_TYPES)}, got {prediction_type!r}")
         a = alphas_cumprod.double().cpu()
+        if prediction_type == "epsilon" and a[-1] <= 0:
+            raise ValueError(
+                "prediction_type: expected v_prediction or sample where the last timestep is pure noise "
+                "(rescale_betas_zero_snr), got epsilon"
+            )
         self.prediction_type = prediction_type
-        self.times = ((1 - a).sqrt() / (a.sqrt() + (1 - a).sqrt())).float()  # [K], increasing
-        self.max_sigma = float(self.times[-1])
+        self.times = (1 - a).sqrt() / (a.sqrt() + (1 - a).sqrt())  # float64 [K], increasing
+        self.min_sigma, self.max_sigma = float(self.times[0]), float(self.times[-1])
 
     @classmethod
     def from_scheduler(cls, scheduler) -> DDPM:
-        """The process that a pipeline's scheduler was built for."""
+        """The process that a pipeline's scheduler was built for.
+
+        Raises ValueError for a scheduler without ``alphas_cumprod`` or whose model takes another time than the
+        timestep, and for a prediction type that is not known.
+        """
         if getattr(scheduler, "alphas_cumprod", None) is None:
             raise ValueError(
                 f"pipe.scheduler: expected one with alphas_cumprod (DDIM, Euler, DPM-Solver …), "
                 f"got {type(scheduler).__name__}"
             )
+        if scheduler.config.get("timestep_type", "discrete") != "discrete":
+            raise ValueError(f"pipe.scheduler: expected timestep_type discrete, got {scheduler.config.timestep_type!r}")
         return cls(scheduler.alphas_cumprod, scheduler.config.get("prediction_type", "epsilon"))
 
     def flow_time(self, timestep: Tensor) -> Tensor:
         """Flow times, float32, of timesteps in [0, K-1]: the inverse of :meth:`timestep`."""
         k = timestep.double().clamp(0, len(self.times) - 1)
+        log_ratios = _log_ratio(self.times).to(k.device)
         low = k.floor().long().clamp(max=len(self.times) - 2)
-        log_ratios = _logit(self.times.double()).to(k.device)
-        between = torch.lerp(log_ratios[low], log_ratios[low + 1], k - low)
-        return torch.sigmoid(between).float()
+        return torch.sigmoid(torch.lerp(log_ratios[low], log_ratios[low + 1], k - low)).float()
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        times = self.times.to(sigma.device)
-        t = sigma.float().clamp(times[0], times[-1])
-        high = torch.searchsorted(times, t.contiguous()).clamp(1, len(times) - 1)
-        low_ratio, high_ratio = _logit(times[high - 1].double()), _logit(times[high].double())
-        share = (_logit(t.double()) - low_ratio) / (high_ratio - low_ratio)
+        log_ratios = _log_ratio(self.times).to(sigma.device)
+        log_ratio = _log_ratio(sigma.double().clamp(self.min_sigma, self.max_sigma))
+        high = torch.searchsorted(log_ratios, log_ratio.contiguous()).clamp(1, len(log_ratios) - 1)
+        share = (log_ratio - log_ratios[high - 1]) / (log_ratios[high] - log_ratios[high - 1])
         return (high - 1 + share).float()
 
     def _scale(self, latents: Tensor, sigma: Tensor) -> Tensor:
@@ -120,14 +134,18 @@ class DDPM(ForwardProcess):
         t = expand_sigma(sigma, latents).clamp(max=self.max_sigma)
         z, output = latents.float(), output.float()
         if self.prediction_type == "sample":
-            return (z - output) / t
+            return (z - output) / t.clamp(min=self.min_sigma)
         if self.prediction_type == "epsilon":
             return (output - z) / (1 - t)
         # v = alpha eps - sigma z_0 with (alpha, sigma) = (1 - t, t) * scale
         scale = 1 / (t.square() + (1 - t).square()).sqrt()
         return (2 * t - 1) * scale.square() * z + scale * output
 
+    def noise_levels(self) -> list[float]:
+        count = len(self.times)
+        return [round(float(self.times[k * (count - 1) // 8]), 6) for k in range(9)]
 
-def _logit(t: Tensor) -> Tensor:
-    """``log(sigma / alpha)`` of a flow time."""
-    return torch.log(t / (1 - t))
+
+def _log_ratio(t: Tensor) -> Tensor:
+    """``log(sigma / alpha)`` of a flow time, finite at pure noise."""
+    return torch.logit(t, eps=2**-26)

@@ -1,4 +1,4 @@
-"""The truncated shell: a diffusers transformer that runs only its first blocks and shares every parameter."""
+"""The truncated shell: a diffusers model that runs only its first blocks and shares every parameter."""
 
 from __future__ import annotations
 
@@ -36,11 +36,7 @@ def truncate(transformer: nn.Module, depth: int) -> nn.Module:
 
     The tokens that leave the last kept block are read from ``shell.norm_out.tokens`` after a call.
     """
-    shell = copy.copy(transformer)
-    shell._modules = dict(transformer._modules)
-    # A hooked or compiled original carries an instance-level forward that would run the whole model.
-    shell.__dict__.pop("forward", None)
-    shell.__dict__["_compiled_call_impl"] = None
+    shell = _shell(transformer)
     left = depth
     for name in BLOCK_LISTS:
         if name in shell._modules:
@@ -48,4 +44,27 @@ def truncate(transformer: nn.Module, depth: int) -> nn.Module:
             shell._modules[name] = nn.ModuleList(blocks[:left])
             left = max(0, left - len(blocks))
     shell._modules["norm_out"] = _Tap(shell._modules["norm_out"])
+    return shell
+
+
+def truncate_unet(unet: nn.Module, depth: int) -> nn.Module:
+    """A shell of a ``UNet2DConditionModel`` that runs its first ``depth`` down blocks and returns the feature map that
+    leaves the last of them. It shares every parameter and copies none.
+    """
+    shell = _shell(unet)
+    shell._modules["down_blocks"] = nn.ModuleList(list(unet.down_blocks)[:depth])
+    shell._modules["mid_block"] = None
+    shell._modules["up_blocks"] = nn.ModuleList()
+    shell._modules["conv_norm_out"] = None
+    shell._modules["conv_out"] = nn.Identity()
+    return shell
+
+
+def _shell(denoiser: nn.Module) -> nn.Module:
+    """A copy with a module table of its own, over the same modules."""
+    shell = copy.copy(denoiser)
+    shell._modules = dict(denoiser._modules)
+    # A hooked or compiled original carries an instance-level forward that would run the whole model.
+    shell.__dict__.pop("forward", None)
+    shell.__dict__["_compiled_call_impl"] = None
     return shell

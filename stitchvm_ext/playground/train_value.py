@@ -35,7 +35,7 @@ def train_value(weights: Path, work: Path, images: Tensor, vae_only: bool = Fals
     Args:
         weights: folder with pipeline/ and reward/, which receives value/ or value_vae_only/.
         work: folder of cached targets and resumable states.
-        images: training pictures, uint8 [N, 3, 64, 64]; the last 200 serve the search.
+        images: training pictures, uint8 [N, 3, 64, 64]; the first 200 serve the search.
         scale: share of the pictures, for smoke tests.
     """
     count = min(len(images), max(round(scale * (PROBE_PICTURES + TRAINING_PICTURES)), 32))

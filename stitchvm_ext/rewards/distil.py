@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm, trange
 
+from ..data import as_image_tensor
+from ..data.source import as_unit_images
 from .base import RewardModel
 from .distilled import DistilledReward
 from .scalar_head import ScalarHead
@@ -84,8 +86,6 @@ def distil_reward(
     Raises:
         ValueError, TypeError: an argument does not fit, or scores that are not B finite numbers, or all the same.
     """
-    from ..value.stitching import as_image_tensor  # the value models import the rewards
-
     config = config or DistilConfig()
     if not isinstance(student, RewardModel):
         raise TypeError(f"student: expected a stitchvm_ext.rewards.RewardModel, got {type(student).__name__}")
@@ -142,7 +142,7 @@ def _black_box_scores(score_fn, images: Tensor, prompts: list[str] | None, batch
     rows = []
     for start in trange(0, len(images), batch_size, desc="black box", disable=not progress):
         part = slice(start, start + batch_size)
-        batch = _unit(images[part])
+        batch = as_unit_images(images[part])
         found = score_fn(batch, None if prompts is None else prompts[part])
         found = torch.as_tensor(found, dtype=torch.float32).detach().cpu()
         if found.shape != (len(batch),):
@@ -152,10 +152,6 @@ def _black_box_scores(score_fn, images: Tensor, prompts: list[str] | None, batch
             raise ValueError(f"score_fn: expected finite scores, got {found[bad].item()} for image {start + bad}")
         rows.append(found)
     return torch.cat(rows)
-
-
-def _unit(images: Tensor) -> Tensor:
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
 class _Data:
@@ -173,7 +169,7 @@ class _Data:
     def embeddings(self, rows: Tensor) -> Tensor:
         if self.kept is not None:
             return self.kept[rows.to(self.kept.device)]
-        return self.reward.output(_unit(self.images[rows]).to(self.reward.device), pooled_only=True).normalized
+        return self.reward.output(as_unit_images(self.images[rows]).to(self.reward.device), pooled_only=True).normalized
 
     def inputs(self, rows: Tensor) -> Tensor:
         """[B, D] or [B, 3 D]."""

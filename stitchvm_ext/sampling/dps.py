@@ -59,6 +59,8 @@ def sample_dps(
                 cond, uncond = backbone.branches(latents, sigma, condition)
         if guided and not shares_backbone:
             values[step], grad = value.value_and_grad(latents, sigma, condition)
+        if condition.rescale is not None:  # the fused step knows the plain formula alone
+            cond, uncond = condition.guide(cond, uncond), None
         eps = noise() if noise else None
         if isinstance(transition, ReverseSDE):
             latents_coef, velocity_coef, noise_coef = transition.coefficients(sigma, sigma_next)

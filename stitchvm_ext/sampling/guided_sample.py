@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backbones import Condition, DiffusionBackbone, Encoding, backbone_of, stack_rows
 from ..backbones.base import frozen
+from ..backbones.distilled import warn_if_few_step
 from ..backbones.identity import check_latent_space, latent_space
 from ..fused.step_graph import StepGraph
 from ..value import StitchedValue
@@ -136,6 +137,8 @@ def guided_sample(
     negatives = [p for p in negatives for _ in range(num_images_per_prompt)]
     shape = _latent_shape(pipe, backbone, len(prompts), height, width, num_frames, latents)
     _check_value(value, pipe, backbone, shape)
+    if value is not None:
+        warn_if_few_step(pipe, backbone.denoiser)
     if is_guided(backbone.denoiser):
         raise ValueError(
             "pipe: its denoiser is guided by apply_value_guidance; call remove_value_guidance(transformer) first"
@@ -161,8 +164,8 @@ def guided_sample(
         with clock("encode"):
             condition = encode_condition(pipe, backbone, prompts, negatives, cfg_scale, text_options)
         with clock("sample"):
-            if latents is None:  # in the model's dtype, as the pipeline draws it
-                latents = draw_all(sources, shape[1:], backbone.dtype)
+            if latents is None:
+                latents = draw_all(sources, shape[1:], torch.float32 if backbone.float32_noise else backbone.dtype)
             latents = backbone.process.flow_latents(latents.to(backbone.device, torch.float32), sigmas[:1])
             with progress_bar(len(chunks) * num_inference_steps, progress) as bar:
                 done = [
@@ -205,16 +208,14 @@ def encode_condition(
     Each distinct text is encoded once and alone: in a batch its encoding would depend, in the last bits, on the other
         texts.
     """
-    cache: dict[str, Encoding] = {}
 
-    def rows(texts: list[str]) -> Encoding:
-        for text in dict.fromkeys(texts):
-            if text not in cache:
-                cache[text] = backbone.encode_text(pipe, [text], **options)
-        return stack_rows([cache[text] for text in texts])
+    def rows(texts: list[str], encode: Callable[..., Encoding]) -> Encoding:
+        encoded = {text: encode(pipe, [text], **options) for text in dict.fromkeys(texts)}
+        return stack_rows([encoded[text] for text in texts])
 
-    uncond = rows(negatives) if guidance_scale > 1 else None
-    return Condition(tuple(prompts), rows(prompts), uncond, guidance_scale)
+    uncond = rows(negatives, backbone.encode_negative) if guidance_scale > 1 else None
+    cond = rows(prompts, backbone.encode_text)
+    return Condition(tuple(prompts), cond, uncond, guidance_scale, backbone.rescale_guidance)
 
 
 @torch.no_grad()

@@ -44,14 +44,16 @@ def apply_value_guidance(
         prompts: the texts that the pipeline will be called with, which the reward scores against.
             ``num_images_per_prompt`` is read off the batch.
         guidance_scale: the one that the pipeline will be called with. It decides whether a batch holds two halves, and
-            the relative strength is measured against the velocity that it gives.
+            the relative strength is measured against the velocity that it gives. A pipeline with distilled guidance
+            (FLUX) has one half; its ``true_cfg_scale``, which makes two calls of a step, is refused.
         strength, mode, schedule, window, every: see :class:`~stitchvm_ext.sampling.Guidance`.
 
     Returns:
         the guide, whose ``values`` holds (sigma, V [B]) of the guided steps of the latest trajectory.
 
     Raises:
-        TypeError, ValueError: bad input, or the transformer is guided already.
+        TypeError, ValueError: bad input, or the transformer is guided already. A pipeline's call that does not fit
+            raises from within.
     """
     from diffusers.hooks import HookRegistry, ModelHook
 
@@ -101,6 +103,7 @@ class ValueGuide:
         self._step, self._sigma = -1, float("inf")
         self._shares = False
         self._term: Tensor | None = None
+        self._latents: Tensor | None = None  # of the latest call
         self._inside = False  # the estimator calls the same transformer
 
     def __call__(self, forward: Callable, *args, **kwargs):
@@ -120,9 +123,12 @@ class ValueGuide:
             return _replace(
                 forward(**call), lambda u: u if self._term is None else (u.float() - self._term).to(u.dtype)
             )
+        backbone = self.value.backbone
+        if backbone.distilled_guidance and self._step > 0 and sigma == self._sigma and latents.equal(self._latents):
+            raise ValueError("true_cfg_scale: expected one call of the transformer for each step, got a second one")
         self._advance(sigma)
-        self._term = None
-        with_cfg = self.guidance_scale > 1
+        self._term, self._latents = None, latents
+        with_cfg = self.guidance_scale > 1 and not backbone.distilled_guidance
         if self._step == 0:
             self._check_batch(latents, encoding, with_cfg)
         if not self.guidance.is_active(self._step, sigma):
@@ -135,7 +141,7 @@ class ValueGuide:
             self._shares = plain and self.value.can_share(condition)
         if self._shares:
             cond, uncond, value, grad = self.value.shared_branches(latents, sigma, condition)
-            output = (cond if uncond is None else torch.cat([uncond, cond]),)
+            output = (backbone.pack(cond if uncond is None else torch.cat([uncond, cond])),)
             if call.get("return_dict", True):
                 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
@@ -143,10 +149,11 @@ class ValueGuide:
         else:
             output = forward(**call)
             value, grad = self.value.value_and_grad(latents, sigma, condition)
-        velocity = condition.guide(output[0][-batch:], output[0][:batch] if with_cfg else None)
+        both = backbone.unpack(output[0], latents)
+        velocity = condition.guide(both[-batch:], both[:batch] if with_cfg else None)
         check_finite(self._step, sigma, velocity=velocity, value=value, gradient=grad)
         self.values.append((sigma, value))
-        self._term = self.guidance.term(velocity, grad, sigma)
+        self._term = backbone.pack(self.guidance.term(velocity, grad, sigma))
         term = torch.cat([self._term] * 2) if with_cfg else self._term
         return _replace(output, lambda u: (u.float() - term).to(u.dtype))
 

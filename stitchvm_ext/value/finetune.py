@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ..backbones import expand_sigma
+from ..backbones import Encoding, expand_rows, expand_sigma, is_same_encoding
 from ..backbones.identity import fingerprint
 from ..rewards.base import RewardModel, RewardOutput
-from .stitched import StitchedValue
+from .distillation import StepData, distillation_loss
+from .processes import from_main, mean_over, processes
+from .stitched import StitchedValue, rows_read_by
 from .targets import DistillationTargets
+from .training_state import load_state, save_state
+
+# What may differ between a run and the one that goes on from its state: it changes where and when steps are computed.
+EXECUTION = ("gradient_accumulation_steps", "encode_batch_size", "save_every")
 
 
 @dataclass(frozen=True)
@@ -26,13 +38,19 @@ class FinetuneConfig:
 
     Attributes:
         epochs: passes over the images (15 for the baseline without the backbone).
-        batch_size: images per step.
+        batch_size: images per optimiser step, of all processes together.
         learning_rate: of the reward suffix; the stitching layer's is ``stitch_multiplier`` times that.
         warmup_steps: linear warm-up.
         final_share: the rate falls linearly to this share of itself; 1 keeps it constant, as METHOD.md has it.
-        max_grad_norm: gradients are clipped to this norm.
+        max_grad_norm: the gradients of each value are clipped to this norm.
         save_every: steps between resumable states.
         seed: of batches, noise levels and noise.
+        gradient_accumulation_steps: forward and backward passes per optimiser step in each process; a pass has
+            ``batch_size / (processes * gradient_accumulation_steps)`` images.
+        encode_batch_size: images per pass of the autoencoder and of the teacher, when targets are computed.
+        mixed_precision: "no", or "bf16": the stitch and the suffix run under autocast, their weights stay float32.
+        prompt_share: share of the batches in which the backbone reads the images' own captions, not the null text; more
+            than 0 makes the value prompt-conditioned.
     """
 
     epochs: int = 5
@@ -44,170 +62,273 @@ class FinetuneConfig:
     max_grad_norm: float = 1.0
     save_every: int = 200
     seed: int = 0
+    gradient_accumulation_steps: int = 1
+    encode_batch_size: int = 16
+    mixed_precision: str = "no"
+    prompt_share: float = 0.0
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "save_every"):
+        for name in ("epochs", "batch_size", "save_every", "gradient_accumulation_steps", "encode_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "stitch_multiplier", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ValueError(f'mixed_precision: expected "no" or "bf16", got {self.mixed_precision!r}')
+        if not 0 <= self.prompt_share <= 1:
+            raise ValueError(f"prompt_share: expected a share in [0, 1], got {self.prompt_share}")
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"gradient_accumulation_steps: expected a divisor of batch_size {self.batch_size}, "
+                f"got {self.gradient_accumulation_steps}"
+            )
 
     def rate(self, step: int, total: int) -> float:
         """The multiplier of both learning rates at a step."""
         return min(1.0, (step + 1) / max(1, self.warmup_steps)) * (1 - (1 - self.final_share) * step / total)
 
-
-def centre_biased_sigmas(count: int, generator: torch.Generator) -> Tensor:
-    """Noise levels [B] in (0, 1), denser in the middle: logit-normal(0, 1), one from each of ``count`` equal
-    quantiles.
-    """
-    quantiles = ((torch.arange(count) + torch.rand(count, generator=generator)) / count).clamp(1e-4, 1 - 1e-4)
-    return torch.sigmoid(torch.special.ndtri(quantiles))
-
-
-def distillation_loss(
-    teacher: RewardModel, output: RewardOutput, tokens: Tensor, embeddings: Tensor
-) -> dict[str, Tensor]:
-    """The terms of the loss, to be summed (METHOD.md §4).
-
-    Squared L2 is summed over an embedding's dimensions, which have unit length together, and averaged over the channels
-    of tokens, which do not: summed as well, the tokens would drown the embedding that the reward reads.
-
-    Args:
-        teacher: its ``distillation`` names the loss: "embedding" for CLIP-like rewards, "score" for a scalar head.
-        tokens, embeddings: the teacher's output tokens and normalised embeddings on the clean images.
-    """
-    if teacher.distillation == "embedding":
-        return {
-            "tokens": F.mse_loss(output.tokens.float(), tokens),
-            "embedding": (output.normalized - embeddings).square().sum(-1).mean(),
-        }
-    target_score = teacher.score(RewardOutput(tokens, embeddings), None)
-    return {
-        "tokens": F.smooth_l1_loss(output.tokens.float(), tokens),
-        "embedding": F.smooth_l1_loss(output.normalized, embeddings),
-        "score": F.smooth_l1_loss(teacher.score(output, None), target_score),
-    }
+    def check_processes(self, count: int) -> None:
+        """Raises ValueError unless ``count`` processes can share a batch equally."""
+        if self.batch_size % (count * self.gradient_accumulation_steps):
+            raise ValueError(
+                f"batch_size: expected a multiple of processes * gradient_accumulation_steps = {count} * "
+                f"{self.gradient_accumulation_steps}, got {self.batch_size}"
+            )
 
 
-def _batch_indices(count: int, config: FinetuneConfig, step: int) -> Tensor:
-    """The images of a step: a fresh permutation every epoch, the incomplete last batch dropped."""
-    per_epoch = max(1, count // config.batch_size)
-    epoch, position = divmod(step, per_epoch)
-    order = np.random.default_rng((config.seed, epoch)).permutation(count)
-    return torch.from_numpy(order[position * config.batch_size : (position + 1) * config.batch_size])
+class _Trained(nn.Module):
+    """Stitch and suffix of every value: what data parallelism wraps. Backbone and null text are no part of it."""
+
+    def __init__(self, values: Sequence[StitchedValue]):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.ModuleList([value.stitch, value.suffix]) for value in values)
+        object.__setattr__(self, "values", tuple(values))
+
+    def forward(self, tokens: list[Tensor]) -> list[RewardOutput]:
+        return [value(t) for value, t in zip(self.values, tokens, strict=True)]
 
 
 def finetune(
-    value: StitchedValue,
-    teacher: RewardModel,
+    values: StitchedValue | Sequence[StitchedValue],
+    teachers: RewardModel | Sequence[RewardModel],
     targets: DistillationTargets,
     config: FinetuneConfig | None = None,
     *,
     state_path: str | Path | None = None,
     stop_at: int | None = None,
     progress: bool = True,
-) -> dict[str, list[float]]:
-    """Train stitch and suffix in place; backbone and teacher stay frozen.
+) -> dict[str, list[float]] | list[dict[str, list[float]]]:
+    """Train stitch and suffix in place, in float32; backbone and teacher stay frozen.
 
-    A state is saved to ``state_path`` every ``save_every`` steps and at the end; a call that finds one goes on from
-    there and ends with the weights of an uninterrupted run, since every step's data follow from (seed, step).
+    Several values of one backbone read one pass through its first blocks per batch, and are trained as each would be
+    alone: losses and clipping are separate.
+
+    Under ``torchrun`` or ``accelerate launch`` every process takes its part of every batch, and all end with the same
+    weights. A state is saved to ``state_path`` by the main process every ``save_every`` steps and at the end; a call
+    that finds one goes on from there, with as many processes as it has, and ends with the weights of an uninterrupted
+    run, since every step's data follow from (seed, step).
 
     Args:
+        values: one, or several on one backbone, for one latent size and one null text.
+        teachers: the clean reward of each value.
+        targets: of these teachers, in their order.
         stop_at: end after this many steps in all, with the state saved.
     Returns:
-        every loss term's mean over each tenth of the run.
+        every loss term's mean over each tenth of the run: a dictionary per value, or the one of the single value.
     Raises:
         FloatingPointError: a loss is not finite; names the step and the term.
-        OSError: ``state_path`` holds the state of another run.
+        OSError: ``state_path`` holds the state of another run, or is not seen by all processes.
+        ValueError: values, teachers and targets that do not belong together.
     """
     config = config or FinetuneConfig()
-    if len(targets) < config.batch_size:
-        raise ValueError(f"batch_size: expected at most the {len(targets)} images, got {config.batch_size}")
-    device = value.backbone.device
+    single = isinstance(values, StitchedValue)
+    values, teachers = ([values], [teachers]) if single else (list(values), list(teachers))
+    _check(values, teachers, targets, config)
+    device = values[0].backbone.device
+    state = processes(device)
+    config.check_processes(state.num_processes)
     total = config.epochs * (len(targets) // config.batch_size)
-    value.requires_grad_(True).train()
-    frozen_head = list(value.suffix.head_parameters())
-    for p in frozen_head:
-        p.requires_grad_(False)
-    stitch = list(value.stitch.parameters())
-    suffix = [p for p in value.suffix.parameters() if p.requires_grad]
+
+    parameters = [_prepare(value) for value in values]
     optimizer = torch.optim.AdamW(
         [
-            {"params": stitch, "lr": config.learning_rate * config.stitch_multiplier},
-            {"params": suffix, "lr": config.learning_rate},
+            {"params": part, "lr": config.learning_rate * factor}
+            for stitch, suffix in parameters
+            for part, factor in ((stitch, config.stitch_multiplier), (suffix, 1.0))
         ],
         weight_decay=0.0,
         fused=True,
     )
     base_rates = [group["lr"] for group in optimizer.param_groups]
-    run = {
-        **asdict(config),
-        "depth": value.depth,
-        "layer": value.layer,
-        "targets": targets.digest,
-        "backbone": hashlib.sha256(json.dumps(fingerprint(value.backbone, value.depth)).encode()).hexdigest(),
-    }
-    start, history = _load_state(state_path, value, optimizer, run)
+    run = _identity(values, targets, config)
+    start, history = load_state(state_path, values, optimizer, run)
+    if from_main(state, start) != start:
+        raise OSError(f"state_path: {state_path} is not the same file for all processes")
     stop = min(total, stop_at or total)
+    module = trained = _Trained(values)
+    if state.num_processes > 1:
+        module = DistributedDataParallel(
+            trained,
+            device_ids=[device] if device.type == "cuda" else None,
+            find_unused_parameters=True,  # rewards may have weights that distillation does not reach
+        )
 
-    bar = tqdm(range(start, stop), initial=start, total=stop, desc="finetune", disable=not progress)
+    # Pass p of a step, of all passes in all processes, has the rows p, p + passes, p + 2 passes ...
+    passes = state.num_processes * config.gradient_accumulation_steps
+    own = [torch.arange(p, config.batch_size, passes) for p in range(state.process_index, passes, state.num_processes)]
+    steps = (
+        StepData.of(config.seed, step, len(targets), config.batch_size, config.prompt_share)
+        for step in range(start, stop)
+    )
+    batches = _read_ahead(partial(_read, targets, data, rows) for data in steps for rows in own)
+    bar = tqdm(
+        range(start, stop), initial=start, total=stop, desc="finetune", disable=not (progress and state.is_main_process)
+    )
     for step in bar:
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence((config.seed, step)).generate_state(1)[0]))
-        clean, tokens, embeddings = targets.batch(_batch_indices(len(targets), config, step), device)
-        sigma = centre_biased_sigmas(len(clean), generator)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        mix = expand_sigma(sigma.to(device), clean)
-        with torch.no_grad():
-            features = value.tokens((1 - mix) * clean + mix * noise, sigma.to(device))
-        losses = distillation_loss(teacher, value(features), tokens, embeddings)
-        for name, loss in losses.items():
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"finetune: the {name} loss is {loss.item()} at step {step}")
         for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = rate * config.rate(step, total)
-        sum(losses.values()).backward()
-        torch.nn.utils.clip_grad_norm_(stitch + suffix, config.max_grad_norm)
+        summed: dict[tuple[int, str], Tensor] = {}
+        for number, batch in enumerate(islice(batches, len(own)), 1):
+            tokens, wanted = _enter(values, batch, device)
+            with nullcontext() if number == len(own) or module is trained else module.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+                    outputs = module(tokens)
+                losses = {
+                    (k, name): loss / len(own)
+                    for k, (teacher, output) in enumerate(zip(teachers, outputs, strict=True))
+                    for name, loss in distillation_loss(teacher, output, *wanted[k]).items()
+                }
+                sum(losses.values()).backward()
+            for key, loss in losses.items():
+                summed[key] = summed.get(key, 0) + loss.detach()
+        means = mean_over(state, torch.stack(list(summed.values()))).tolist()
+        for (k, name), loss in zip(summed, means, strict=True):
+            if not np.isfinite(loss):
+                raise FloatingPointError(f"finetune: the {name} loss is {loss} at step {step}")
+            history[k].setdefault(name, []).append(loss)
+        for stitch, suffix in parameters:
+            torch.nn.utils.clip_grad_norm_(stitch + suffix, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        for name, loss in losses.items():
-            history.setdefault(name, []).append(loss.item())
         if step % 10 == 0:
-            bar.set_postfix({name: f"{loss.item():.4f}" for name, loss in losses.items()})
-        if state_path and ((step + 1) % config.save_every == 0 or step + 1 == stop):
-            _save_state(state_path, value, optimizer, run, step + 1, history)
-    value.eval().requires_grad_(False)
+            bar.set_postfix({name: f"{loss:.4f}" for (_, name), loss in zip(summed, means, strict=True)})
+        if state_path and state.is_main_process and ((step + 1) % config.save_every == 0 or step + 1 == stop):
+            save_state(state_path, values, optimizer, run, step + 1, history)
+    state.wait_for_everyone()
+    for value in values:
+        value.requires_grad_(False)
     tenth = max(1, total // 10)
-    return {name: [float(np.mean(v[k : k + tenth])) for k in range(0, len(v), tenth)] for name, v in history.items()}
+    means = [
+        {name: [float(np.mean(v[k : k + tenth])) for k in range(0, len(v), tenth)] for name, v in terms.items()}
+        for terms in history
+    ]
+    return means[0] if single else means
 
 
-def _save_state(path: str | Path, value: StitchedValue, optimizer, run: dict, step: int, history: dict) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    torch.save(
-        {
-            "run": run,
-            "value": value.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "step": step,
-            "history": history,
-        },
-        partial,
-    )
-    partial.replace(path)
+def _check(
+    values: list[StitchedValue], teachers: list[RewardModel], targets: DistillationTargets, config: FinetuneConfig
+) -> None:
+    if not len(values) == len(teachers) == len(targets.teachers):
+        raise ValueError(
+            f"values: expected as many as teachers and targets, got {len(values)}, {len(teachers)} and "
+            f"{len(targets.teachers)}"
+        )
+    first = values[0]
+    for number, value in enumerate(values):
+        if value.backbone.denoiser is not first.backbone.denoiser or value.latent_size != first.latent_size:
+            raise ValueError(f"values: expected one backbone and latent size, got others at position {number}")
+        if not is_same_encoding(value.null_condition, first.null_condition):
+            raise ValueError(f"values: expected one null text, got another one at position {number}")
+        if value.prompt_conditioned != (config.prompt_share > 0):
+            raise ValueError(
+                f"prompt_share: expected more than 0 for prompt-conditioned values and 0 for others, got "
+                f"{config.prompt_share} and prompt_conditioned={value.prompt_conditioned} at position {number}"
+            )
+    if config.prompt_share and targets.text is None:
+        raise ValueError("prompt_share: expected targets with encoded captions, got none (text_options)")
+    if len(targets) < config.batch_size:
+        raise ValueError(f"batch_size: expected at most the {len(targets)} images, got {config.batch_size}")
 
 
-def _load_state(
-    path: str | Path | None, value: StitchedValue, optimizer, run: dict
-) -> tuple[int, dict[str, list[float]]]:
-    if path is None or not Path(path).is_file():
-        return 0, {}
-    state = torch.load(path, weights_only=True, map_location=value.backbone.device)
-    other = [f"{n}: expected {run[n]}, got {state['run'].get(n)}" for n in run if run[n] != state["run"].get(n)]
-    if other:
-        raise OSError(f"state_path: {path} belongs to another run ({'; '.join(other)}); remove it to start anew")
-    value.load_state_dict(state["value"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["history"]
+def _prepare(value: StitchedValue) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trainable parameters of stitch and suffix, in float32.
+
+    The value stays in evaluation mode: dropout would draw numbers that do not follow from (seed, step).
+    """
+    value.stitch.float()
+    value.suffix.float()
+    value.eval().requires_grad_(True)
+    for p in value.suffix.head_parameters():
+        p.requires_grad_(False)
+    return list(value.stitch.parameters()), [p for p in value.suffix.parameters() if p.requires_grad]
+
+
+def _identity(values: list[StitchedValue], targets: DistillationTargets, config: FinetuneConfig) -> dict[str, Any]:
+    """What a saved state must agree with."""
+    deepest = max(value.depth for value in values)
+    backbone = json.dumps(fingerprint(values[0].backbone, deepest))
+    return {
+        **{name: setting for name, setting in asdict(config).items() if name not in EXECUTION},
+        "depth": [value.depth for value in values],
+        "layer": [value.layer for value in values],
+        "targets": targets.digest,
+        "backbone": hashlib.sha256(backbone.encode()).hexdigest(),
+    }
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What one pass reads, on the CPU: clean latents, each teacher's tokens and embeddings, noise, noise levels, and
+    the encodings of the captions (None for the null text).
+    """
+
+    clean: Tensor
+    wanted: list[tuple[Tensor, Tensor]]
+    noise: Tensor
+    sigma: Tensor
+    encoding: Encoding | None
+
+
+def _read(targets: DistillationTargets, data: StepData, rows: Tensor) -> _Batch:
+    """Some rows of a step."""
+    index = data.index[rows]
+    clean, wanted = targets.batch(index)
+    encoding = targets.encodings(index) if data.prompted else None
+    return _Batch(clean, wanted, data.noise(rows, clean.shape[1:]), data.sigma[rows], encoding)
+
+
+def _read_ahead(calls: Iterable[Callable[[], _Batch]]) -> Iterator[_Batch]:
+    """The results of calls, in order; while one is used, a thread makes the next."""
+    with ThreadPoolExecutor(1) as pool:
+        running = None
+        for call in calls:
+            done, running = running, pool.submit(call)
+            if done is not None:
+                yield done.result()
+        if running is not None:
+            yield running.result()
+
+
+@torch.no_grad()
+def _enter(
+    values: list[StitchedValue], batch: _Batch, device: torch.device
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """The tokens that each value's stitch reads, and each teacher's tokens and embeddings in float32, on the device."""
+    clean, sigma = batch.clean.to(device), batch.sigma.to(device)
+    mix = expand_sigma(sigma, clean)
+    noisy = (1 - mix) * clean + mix * batch.noise.to(device)
+    encoding = expand_rows(values[0].null_condition, len(clean))
+    if batch.encoding is not None:
+        encoding = {name: rows.to(device) for name, rows in batch.encoding.items()}
+    wanted = [(tokens.to(device).float(), embeddings.to(device)) for tokens, embeddings in batch.wanted]
+    return prefix_tokens(values, noisy, sigma, encoding), wanted
+
+
+def prefix_tokens(values: Sequence[StitchedValue], latents: Tensor, sigma: Tensor, encoding: Encoding) -> list[Tensor]:
+    """What :meth:`StitchedValue.tokens` gives for each value, from one pass through the backbone."""
+    depths = sorted({value.depth for value in values if value.depth})
+    if depths:
+        rows = rows_read_by([value for value in values if value.depth == depths[-1]], latents)
+        found = values[0].backbone.features_at(latents, sigma, encoding, depths, rows=rows)
+    return [value.by_frame(found[value.depth]) if value.depth else value.tokens(latents, sigma) for value in values]

@@ -78,15 +78,16 @@ class StitchLayer(nn.Module):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Backbone tokens [B, N, C] on ``grid`` -> reward tokens [B, N', C'], or with prefix tokens [B, P+N', C']."""
-        tokens = tokens.to(self.project.weight.dtype)
-        if self.resamples_first(grid):
-            y = self.project(resample_tokens(tokens, grid, self.out_grid))
-            y = y if self.position is None else y + self.position
-        else:
-            y = F.linear(tokens, self.project.weight)
-            y = resample_tokens(y, grid, self.out_grid, bias=self.project.bias, position=self.position)
-        g = self.mlp[3](silu(self.mlp[1](silu(y))))
-        return resample_tokens(g, self.out_grid, self.out_grid, prefix=self.prefix, residual=y)
+        with torch.autocast(tokens.device.type, enabled=False):  # the ops want one dtype, that of the weights
+            tokens = tokens.to(self.project.weight.dtype)
+            if self.resamples_first(grid):
+                y = self.project(resample_tokens(tokens, grid, self.out_grid))
+                y = y if self.position is None else y + self.position
+            else:
+                y = F.linear(tokens, self.project.weight)
+                y = resample_tokens(y, grid, self.out_grid, bias=self.project.bias, position=self.position)
+            g = self.mlp[3](silu(self.mlp[1](silu(y))))
+            return resample_tokens(g, self.out_grid, self.out_grid, prefix=self.prefix, residual=y)
 
 
 def patchify(latents: Tensor, patch: int) -> Tensor:

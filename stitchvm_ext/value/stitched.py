@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +111,11 @@ class StitchedValue(nn.Module, ValueEstimator):
         self.check_latent_size(latents.shape[-2:])
         if self.depth == 0:
             self.backbone.check_latents(latents, sigma)
-            return self._by_frame(patchify(latents, latents.shape[-1] // self.grid[1]))
+            return self.by_frame(patchify(latents, latents.shape[-1] // self.grid[1]))
         if encoding is None:
             encoding = expand_rows(self.null_condition, latents.shape[0])
         rows = self.rows_read(latents)
-        return self._by_frame(
+        return self.by_frame(
             self.backbone.features(latents, sigma, encoding, self.depth, rows=rows, memory=self.memory)
         )
 
@@ -126,8 +127,8 @@ class StitchedValue(nn.Module, ValueEstimator):
         """The tokens that the stitch reads; None if these are all, or if there is more than one frame of them."""
         return self.read_tokens if latents.ndim == 4 or latents.shape[2] == 1 else None
 
-    def _by_frame(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, T·N, C] as [B·T, N, C]."""
+    def by_frame(self, tokens: Tensor) -> Tensor:
+        """The backbone's tokens [B, T·N, C] as [B·T, N, C]."""
         per_frame = self.grid[0] * self.grid[1]
         return tokens if tokens.shape[1] == per_frame else tokens.reshape(-1, per_frame, tokens.shape[-1])
 
@@ -155,7 +156,7 @@ class StitchedValue(nn.Module, ValueEstimator):
 
     def score_tokens(self, tokens: Tensor, condition: Condition) -> Tensor:
         """V [B] from the backbone's tokens [B, T·N, C] after block ``depth``."""
-        return self.score(self(self._by_frame(tokens), pooled_only=True), condition)
+        return self.score(self(self.by_frame(tokens), pooled_only=True), condition)
 
     def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
         self.check_condition(latents, condition)
@@ -324,3 +325,9 @@ class StitchedValue(nn.Module, ValueEstimator):
         for part in (value.stitch, value.suffix):  # the null text keeps its dtype: rounded, it would be another text
             part.to(dtype)
         return value.to(backbone.device).eval().requires_grad_(False)
+
+
+def rows_read_by(values: Sequence[StitchedValue], latents: Tensor) -> Tensor | None:
+    """The tokens after one block that several stitches read between them; None if these are all."""
+    read = [value.rows_read(latents) for value in values]
+    return None if any(rows is None for rows in read) else torch.cat(read).unique()

@@ -1,54 +1,39 @@
-"""From a pipeline, a reward and unlabelled images to a stitched value model: both stages in one call."""
+"""From a pipeline, rewards and unlabelled images to stitched value models: both stages in one call."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..backbones import backbone_of
+from ..backbones.distilled import warn_if_few_step
 from ..backbones.identity import latent_space
-from ..backbones.latents import encode_images
+from ..data import ImageSource, as_image_source
 from ..rewards.base import RewardModel, skip_blocks
 from ..rewards.sum import RewardSum
 from .finetune import FinetuneConfig, finetune
+from .processes import from_main, processes
 from .search import MAX_LAYER, SearchResult, check_tokens, search_stitch
 from .stitch_layer import StitchLayer
 from .stitched import StitchedValue
-from .targets import as_unit_images, cache_targets
-
-
-def as_image_tensor(images: Tensor | Sequence[Any]) -> Tensor:
-    """Images [N, 3, H, W], uint8 or float in [0, 1], from such a tensor or from PIL images of one size."""
-    if isinstance(images, Tensor):
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images: expected shape [N, 3, H, W], got {list(images.shape)}")
-        if images.dtype != torch.uint8 and not images.is_floating_point():
-            raise TypeError(f"images: expected uint8 or floating point, got {images.dtype}")
-        if images.is_floating_point() and images.numel() and not (images.min() >= 0 and images.max() <= 1):
-            raise ValueError(f"images: expected floats in [0, 1], got {images.min().item():g}..{images.max().item():g}")
-        return images
-    import numpy as np
-    from PIL import Image
-
-    images = list(images)
-    for number, image in enumerate(images):
-        if not isinstance(image, Image.Image):
-            raise TypeError(
-                f"images: expected a tensor [N, 3, H, W] or PIL images, got {type(image).__name__} at position {number}"
-            )
-    sizes = {image.size for image in images}
-    if len(sizes) != 1:
-        raise ValueError(f"images: expected images of one size, got the sizes {sorted(sizes)}")
-    return torch.stack([torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images])
+from .targets import cache_targets
 
 
 def untrained_value(
-    pipe, reward: RewardModel, search: SearchResult, depth: int, layer: int, latent_size, null_condition, text_options
+    pipe,
+    reward: RewardModel,
+    search: SearchResult,
+    depth: int,
+    layer: int,
+    latent_size,
+    null_condition,
+    text_options,
+    prompt_conditioned: bool = False,
 ) -> StitchedValue:
     """A stitched value whose stitch is the closed form of a search, before any finetuning."""
     candidate = search.at(depth, layer)
@@ -71,6 +56,7 @@ def untrained_value(
         latent_size=latent_size,
         null_condition=null_condition,
         text_options=text_options,
+        prompt_conditioned=prompt_conditioned,
         latent_space=latent_space(backbone, pipe),
         details={"closed-form mse": candidate.mse, "closed-form fraction unexplained": candidate.unexplained},
     )
@@ -79,90 +65,146 @@ def untrained_value(
 
 def stitch(
     pipe,
-    reward: RewardModel,
-    images: Tensor | Sequence[Any],
+    reward: RewardModel | Sequence[RewardModel],
+    images: Any,
     *,
     depth: int | None = None,
     layer: int | None = None,
     tokens: str = "fitted",
     work_dir: str | Path,
+    size: int | Sequence[int] | None = None,
     probe_images: int = 200,
     config: FinetuneConfig | None = None,
     text_options: dict[str, Any] | None = None,
     backbone_licence: str | None = None,
     progress: bool = True,
-) -> StitchedValue:
-    """Stitch a reward onto a pipeline's frozen backbone (METHOD.md §3 and §4).
+) -> StitchedValue | list[StitchedValue]:
+    """Stitch a reward onto a pipeline's frozen backbone (METHOD.md §3 and §4), or several of them at once.
 
-    The last ``probe_images`` images serve the closed-form search alone; the others train. ``work_dir`` receives the
+    The first ``probe_images`` images serve the closed-form search alone; the others train. ``work_dir`` receives the
     search's table (search.json, search.png), the cached targets and the resumable state: the same call after an
     interruption goes on where it stopped. Save the result with ``value.save_pretrained(folder)``.
 
+    Under ``torchrun`` or ``accelerate launch`` all processes make the same call, each with the pipeline and rewards on
+    its own device, and share the work; ``work_dir`` must be one folder for all.
+
     Args:
         pipe: a diffusers pipeline with ``transformer``, ``vae`` and text encoders.
-        reward: the clean reward; it stays untouched and serves as teacher.
-        images: [N, 3, H, W] uint8 or float in [0, 1], or PIL images of one size: the resolution to be sampled at.
+        reward: the clean reward; it stays untouched and serves as teacher. Of several, each gets a value of its own,
+            and training runs the backbone once for all.
+        images: a tensor [N, 3, H, W], uint8 or float in [0, 1]; PIL images; a folder; paths of image files; a
+            ``datasets.Dataset`` or ``IterableDataset``; webdataset shards ("shards/{000..009}.tar"); or an
+            :class:`stitchvm_ext.data.ImageSource`. They are streamed.
         depth: i, backbone blocks kept; 0 for the baseline without the backbone; None for the search's pick.
         layer: j, the reward block entered; None for the search's pick.
         tokens: position and class tokens at j > 1, "fitted" or "literal", see :func:`search_stitch`.
+        size: (height, width) in pixels, or one number, that images are resized and centre-cropped to: the resolution to
+            be sampled at. None takes images as they are, which must then have one size.
         config: settings of stage 2.
         text_options: of the backbone's text encoding, e.g. ``{"max_sequence_length": 256}`` for SD3.
         backbone_licence: of the pipeline's weights, for the model card (a reward brings its own).
 
+    Returns:
+        the value of the reward, or a list of values in the order of the rewards.
     Raises:
         ValueError, TypeError: an argument does not fit; before any work starts.
+        OSError: an image that cannot be read; names it.
     """
     config = config or FinetuneConfig()
-    images = as_image_tensor(images)
+    rewards = list(reward) if isinstance(reward, list | tuple) else [reward]
+    source, work_dir = as_image_source(images, size), Path(work_dir)
     backbone = backbone_of(pipe)
-    if not isinstance(reward, RewardModel):
-        hint = "; stitch each reward of a sum and add their values with ValueSum" * isinstance(reward, RewardSum)
-        raise TypeError(f"reward: expected a stitchvm_ext.rewards.RewardModel, got {type(reward).__name__}{hint}")
+    _check_rewards(rewards, layer)
+    check_tokens(tokens)
     if depth is not None and depth != 0:
         backbone.check_depth(depth)
-    if layer is not None:
-        reward.check_layer(layer)
-    check_tokens(tokens)
-    if not 8 <= probe_images < len(images):
-        raise ValueError(
-            f"probe_images: expected 8 to {len(images) - 1}, leaving images to train on, got {probe_images}"
-        )
-    if len(images) - probe_images < config.batch_size:
-        raise ValueError(
-            f"images: expected at least probe_images + batch_size = {probe_images + config.batch_size}, "
-            f"got {len(images)}"
-        )
-    work_dir = Path(work_dir)
+    latent_size = _check_images(backbone, pipe, source, probe_images, config)
+    state = processes(backbone.device)
+    config.check_processes(state.num_processes)
+    warn_if_few_step(pipe, backbone.denoiser)
 
     text_options = dict(text_options or {})
     null_condition = backbone.null_condition(pipe, **text_options)
-    probe = as_unit_images(images[-probe_images:])
-    latents = torch.cat([encode_images(pipe.vae, x.to(pipe.vae.device)) for x in probe.split(config.batch_size)])
-    layers = sorted({layer or 1, *range(1, min(MAX_LAYER, reward.num_layers) + 1)})
-    search = search_stitch(
-        backbone,
-        reward,
-        latents,
-        probe,
-        null_condition,
-        layers=layers,
-        tokens=tokens,
-        seed=config.seed,
+    probe = source.load(list(islice(source.records(), probe_images)))
+    latents = torch.cat(
+        [backbone.encode_images(pipe.vae, x.to(pipe.vae.device)) for x in probe.split(config.encode_batch_size)]
+    )
+    progress = progress and state.is_main_process
+    values = []
+    for number, one in enumerate(rewards):
+        layers = sorted({layer or 1, *range(1, min(MAX_LAYER, one.num_layers) + 1)})
+        search = search_stitch(
+            backbone,
+            one,
+            latents,
+            probe,
+            null_condition,
+            layers=layers,
+            tokens=tokens,
+            seed=config.seed,
+            progress=progress,
+        )
+        if state.is_main_process:
+            search.save(work_dir if len(rewards) == 1 else work_dir / f"search_{number}")
+        i, j = from_main(state, _pick(search, depth, layer))
+        with torch.random.fork_rng(devices=[]):  # the stitch's MLP has random weights before its zero layer
+            torch.manual_seed(config.seed)
+            value = untrained_value(
+                pipe, one, search, i, j, latent_size, null_condition, text_options, config.prompt_share > 0
+            )
+        values.append(value)
+    targets = cache_targets(
+        work_dir / "targets",
+        pipe,
+        rewards,
+        source,
+        skip=probe_images,
+        batch_size=config.encode_batch_size,
+        text_options=text_options if config.prompt_share else None,
         progress=progress,
     )
-    search.save(work_dir)
+    cuts = "_".join(f"i{value.depth}_j{value.layer}" for value in values) + "_literal" * (tokens == "literal")
+    losses = finetune(values, rewards, targets, config, state_path=work_dir / f"state_{cuts}.pt", progress=progress)
+    for value, terms in zip(values, losses, strict=True):
+        value.backbone_licence = backbone_licence
+        value.details |= {
+            "training images": len(targets),
+            "training steps": config.epochs * (len(targets) // config.batch_size),
+            **({"share of prompted batches": config.prompt_share} if config.prompt_share else {}),
+            **{f"final {name} loss": math.nan if not means else means[-1] for name, means in terms.items()},
+        }
+    return values if isinstance(reward, list | tuple) else values[0]
+
+
+def _check_rewards(rewards: list[RewardModel], layer: int | None) -> None:
+    if not rewards:
+        raise ValueError("reward: expected at least one, got none")
+    for reward in rewards:
+        if not isinstance(reward, RewardModel):
+            hint = "; stitch each reward of a sum and add their values with ValueSum" * isinstance(reward, RewardSum)
+            raise TypeError(f"reward: expected a stitchvm_ext.rewards.RewardModel, got {type(reward).__name__}{hint}")
+        if layer is not None:
+            reward.check_layer(layer)
+
+
+def _check_images(backbone, pipe, source: ImageSource, probe_images: int, config: FinetuneConfig) -> tuple[int, int]:
+    """(H, W) of the images' latents; raises where there are too few images, of a wrong size, or without captions."""
+    needed = probe_images + config.batch_size
+    count = source.count(needed)
+    if probe_images < 8:
+        raise ValueError(f"probe_images: expected at least 8, got {probe_images}")
+    if count < needed:
+        raise ValueError(f"images: expected at least probe_images + batch_size = {needed}, got {count}")
+    if config.prompt_share and next(source.records(probe_images)).caption is None:
+        raise ValueError("images: expected a caption for every image (prompt_share), got none")
+    latent_size = backbone.latent_size(pipe, *source.image_size)
+    backbone.grid(latent_size)
+    return latent_size
+
+
+def _pick(search: SearchResult, depth: int | None, layer: int | None) -> tuple[int, int]:
+    """The cell (i, j) of the search's pick, as far as it is not given."""
     depth = search.best.depth if depth is None else depth
     if layer is None:
         layer = min((c for c in search.candidates.values() if c.depth == depth), key=lambda c: c.mse).layer
-
-    value = untrained_value(pipe, reward, search, depth, layer, tuple(latents.shape[-2:]), null_condition, text_options)
-    targets = cache_targets(work_dir / "targets", pipe.vae, reward, images[:-probe_images], progress=progress)
-    state_path = work_dir / f"state_i{depth}_j{layer}{'_literal' if tokens == 'literal' else ''}.pt"
-    losses = finetune(value, reward, targets, config, state_path=state_path, progress=progress)
-    value.backbone_licence = backbone_licence
-    value.details |= {
-        "training images": len(targets),
-        "training steps": config.epochs * (len(targets) // config.batch_size),
-        **{f"final {name} loss": math.nan if not terms else terms[-1] for name, terms in losses.items()},
-    }
-    return value
+    return depth, layer

@@ -11,7 +11,7 @@ from ..backbones import Condition, Encoding, is_same_encoding
 from ..rewards.sum import MeanStd, WeightedSum
 from .base import ValueEstimator
 from .side_stream import side_stream
-from .stitched import StitchedValue
+from .stitched import StitchedValue, rows_read_by
 
 
 class ValueSum(ValueEstimator):
@@ -78,11 +78,10 @@ class ValueSum(ValueEstimator):
         values = [self.values[k] for k in self.shared]
         for value in values:
             value.check_latent_size(latents.shape[-2:])
-        read = [value.rows_read(latents) for value in values if value.depth == self.depths[-1]]
         return {
             "encoding": values[0].text_of(condition),
             "depths": self.depths,
-            "rows": None if any(rows is None for rows in read) else torch.cat(read).unique(),
+            "rows": rows_read_by([value for value in values if value.depth == self.depths[-1]], latents),
             "memory": "recompute" if any(value.memory == "recompute" for value in values) else "save",
         }
 

@@ -1,52 +1,61 @@
-"""What stage 2 learns from, computed once and kept on disk: clean latents and the teacher's outputs (METHOD.md §4,
+"""What stage 2 learns from, computed once and kept on disk: clean latents and the teachers' outputs (METHOD.md §4,
 "Ours").
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import trange
+from tqdm import tqdm
 
-from ..backbones.latents import encode_images
+from ..backbones import Encoding, backbone_of, stack_rows
+from ..data import as_image_source
 from ..rewards.base import RewardModel
+from .processes import processes
+from .sharded import ShardedTensors, ShardWriter, digest_of
+
+SHARD_SIZE = 256
 
 
 @dataclass
 class DistillationTargets:
-    """Memory-mapped arrays over N images.
+    """Rows over N images.
 
     Attributes:
-        latents: z_0 float32 [N, C, H, W].
-        tokens: the teacher's output tokens float16 [N, P+N', C'].
-        embeddings: the teacher's normalised embeddings float32 [N, D].
+        latents: ``latents``, z_0 float32 [C, H, W], and the images' captions.
+        teachers: for every reward ``tokens``, its output tokens float16 [P+N', C'], and ``embeddings``, normalised,
+            float32 [D].
+        text: the backbone's encoding of every image's caption, if it was asked for.
         digest: of the images and of the networks that the rest was computed from.
     """
 
-    latents: np.ndarray
-    tokens: np.ndarray
-    embeddings: np.ndarray
-    digest: str
+    latents: ShardedTensors
+    teachers: list[ShardedTensors]
+    text: ShardedTensors | None = None
+    digest: str = field(init=False)
+
+    def __post_init__(self):
+        stores = [self.latents, *self.teachers, *filter(None, [self.text])]
+        self.digest = digest_of({"stores": [store.digest for store in stores]})
 
     def __len__(self) -> int:
         return len(self.latents)
 
-    def batch(self, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents, tokens and embeddings of some images, float32 on a device."""
-        rows = index.numpy()
-        return tuple(torch.from_numpy(a[rows]).float().to(device) for a in (self.latents, self.tokens, self.embeddings))
+    def batch(self, index: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Latents of some images, and tokens and embeddings of every teacher, as they are stored."""
+        rows = [teacher.rows(index) for teacher in self.teachers]
+        return self.latents.rows(index)["latents"], [(r["tokens"], r["embeddings"]) for r in rows]
 
-
-def _images_hash(images: Tensor) -> str:
-    """A digest of the images' shape and of a thousandth of their bytes, spread over all of them."""
-    values = images.reshape(-1)[:: max(1, images.numel() // 100_000)]
-    return hashlib.sha256(str(tuple(images.shape)).encode() + values.cpu().numpy().tobytes()).hexdigest()
+    def encodings(self, index: Tensor) -> Encoding:
+        """The backbone's encoding of the captions of some images."""
+        return stack_rows([self.text.row(n) for n in index.tolist()])
 
 
 def _weights_hash(module: nn.Module) -> str:
@@ -60,48 +69,126 @@ def _weights_hash(module: nn.Module) -> str:
 
 @torch.no_grad()
 def cache_targets(
-    folder: str | Path, vae, reward: RewardModel, images: Tensor, *, batch_size: int = 64, progress: bool = True
+    folder: str | Path,
+    pipe,
+    rewards: RewardModel | Sequence[RewardModel],
+    images: Any,
+    *,
+    skip: int = 0,
+    batch_size: int = 16,
+    shard_size: int = SHARD_SIZE,
+    text_options: dict[str, Any] | None = None,
+    progress: bool = True,
 ) -> DistillationTargets:
-    """Compute the targets of images [N, 3, H, W] (uint8, or float in [0, 1]) into a folder, or reopen them from there.
+    """Compute the targets of images into a folder, or reopen them from there.
 
-    The manifest is written last; without it, or for other images or another reward, the folder is computed anew.
+    The images are read once, and only those whose latents or targets are missing are decoded: an interrupted call goes
+    on at the next shard, and another reward for the same images leaves the latents as they are. Several processes share
+    the shards among them.
+
+    Args:
+        folder: receives ``latents/``, a folder per reward, and ``text/``, each with shards and a manifest.json.
+        images: as for :func:`stitchvm_ext.data.as_image_source`.
+        skip: images at the beginning that are left out.
+        text_options: of the backbone's text encoding; with them the images' captions are encoded as well.
+
+    Raises:
+        ValueError: no image, or one without a caption where they are to be encoded.
+        OSError, ValueError: an image that cannot be read, or of another size than the others; names it.
+        FloatingPointError: latents or targets of an image that are not finite in their stored precision; names it.
     """
-    folder = Path(folder)
-    manifest = {
-        "images": _images_hash(images),
-        "reward": {**reward.describe(), "weights": _weights_hash(reward)},
-        "vae": {**vae.config, "weights": _weights_hash(vae)},
-    }
-    manifest = json.loads(json.dumps(manifest, default=str))
-    paths = {name: folder / f"{name}.npy" for name in ("latents", "tokens", "embeddings")}
-    manifest_path = folder / "manifest.json"
-    if not manifest_path.is_file() or json.loads(manifest_path.read_text()) != manifest:
-        folder.mkdir(parents=True, exist_ok=True)
-        manifest_path.unlink(missing_ok=True)
-        arrays: dict[str, np.ndarray] = {}
-        for start in trange(0, len(images), batch_size, desc="teacher targets", disable=not progress):
-            x = as_unit_images(images[start : start + batch_size])
+    rewards = [rewards] if isinstance(rewards, RewardModel) else list(rewards)
+    folder, source, backbone = Path(folder), as_image_source(images), backbone_of(pipe)
+    state = processes(backbone.device)
+    read = {"images": source.identity(), "size": source.image_size, "skip": skip}
+
+    def encode(x: Tensor) -> dict[str, Tensor]:
+        return {"latents": backbone.encode_images(pipe.vae, x.to(pipe.vae.device))}
+
+    # Of the configuration's own entries some are in another order in every process.
+    vae = {name: setting for name, setting in pipe.vae.config.items() if not name.startswith("_")}
+    vae["weights"] = _weights_hash(pipe.vae)
+    tasks = [(ShardWriter(folder / "latents", {**read, "vae": vae}, shard_size), encode)]
+    for reward in rewards:
+
+        def teach(x: Tensor, reward: RewardModel = reward) -> dict[str, Tensor]:
             output = reward.output(x.to(reward.device))
-            rows = {
-                "latents": encode_images(vae, x.to(vae.device)),
-                "tokens": output.tokens.half(),
-                "embeddings": output.normalized,
-            }
-            for name, value in rows.items():
-                value = value.cpu().numpy()
-                if name not in arrays:
-                    shape = (len(images), *value.shape[1:])
-                    arrays[name] = np.lib.format.open_memmap(paths[name], mode="w+", dtype=value.dtype, shape=shape)
-                arrays[name][start : start + len(value)] = value
-        for array in arrays.values():
-            array.flush()
-        partial = manifest_path.with_suffix(".partial")
-        partial.write_text(json.dumps(manifest, indent=1))
-        partial.replace(manifest_path)
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    return DistillationTargets(**{n: np.load(path, mmap_mode="r") for n, path in paths.items()}, digest=digest)
+            return {"tokens": output.tokens.half(), "embeddings": output.normalized}
+
+        identity = {**reward.describe(), "weights": _weights_hash(reward)}
+        name = f"{type(reward).__name__}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:8]}"
+        tasks.append((ShardWriter(folder / name, {**read, "reward": identity}, shard_size), teach))
+
+    if not all(writer.is_complete() for writer, _ in tasks):
+        records = source.records(skip)
+        bar = tqdm(desc="teacher targets", unit="image", disable=not (progress and state.is_main_process))
+        total = 0
+        for shard in count():
+            chunk = list(islice(records, shard_size))
+            if not chunk:
+                break
+            total += len(chunk)
+            if shard % state.num_processes == state.process_index:
+                missing = [task for task in tasks if not task[0].has(shard)]
+                _write_shard(shard, missing, source, chunk, batch_size)
+            bar.update(len(chunk))
+        bar.close()
+        if not total:
+            raise ValueError(f"images: expected more than the {skip} that are left out, got no other")
+        state.wait_for_everyone()
+        if state.is_main_process:
+            for writer, _ in tasks:
+                writer.finish(total)
+        state.wait_for_everyone()
+    latents, *teachers = (ShardedTensors(writer.folder) for writer, _ in tasks)
+    text = None
+    if text_options is not None:
+        text = _cache_text(folder / "text", pipe, latents, text_options, progress)
+    return DistillationTargets(latents, teachers, text)
 
 
-def as_unit_images(images: Tensor) -> Tensor:
-    """uint8 in 0..255 or float in [0, 1] -> float in [0, 1]."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+def _write_shard(shard: int, tasks: list, source, records: list, batch_size: int) -> None:
+    """Decode the images of a shard once and write what is missing of it."""
+    found: list[list[dict[str, Tensor]]] = [[] for _ in tasks]
+    for start in range(0, len(records) if tasks else 0, batch_size):
+        batch = records[start : start + batch_size]
+        images = source.load(batch)
+        for (_, compute), parts in zip(tasks, found, strict=True):
+            rows = {name: value.cpu() for name, value in compute(images).items()}
+            for name, values in rows.items():
+                finite = values.flatten(1).isfinite().all(1)
+                if not finite.all():
+                    bad = batch[int((~finite).nonzero()[0])].name
+                    raise FloatingPointError(f"images: the {name} of {bad} are not finite in {values.dtype}")
+            parts.append(rows)
+    for (writer, _), parts in zip(tasks, found, strict=True):
+        rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        writer.write(shard, rows, [record.caption for record in records])
+
+
+def _cache_text(folder: Path, pipe, latents: ShardedTensors, options: dict, progress: bool) -> ShardedTensors:
+    """The backbone's encodings of the captions that were stored with the latents; texts of one shard are padded to one
+    length.
+    """
+    backbone = backbone_of(pipe)
+    state = processes(backbone.device)
+    encoders = {n: _weights_hash(m) for n, m in pipe.components.items() if n.startswith("text_encoder") and m}
+    writer = ShardWriter(
+        folder, {"captions": latents.digest, "options": options, "encoders": encoders}, latents.shard_size
+    )
+    if not writer.is_complete():
+        texts = latents.texts()
+        bare = next((n for n, text in enumerate(texts) if text is None), None)
+        if bare is not None:
+            raise ValueError(f"images: expected a caption for every image, got none for training image {bare}")
+        starts = list(enumerate(range(0, len(texts), writer.shard_size)))[state.process_index :: state.num_processes]
+        for shard, start in tqdm(starts, desc="captions", disable=not (progress and state.is_main_process)):
+            if not writer.has(shard):
+                part = texts[start : start + writer.shard_size]
+                rows = [backbone.encode_text(pipe, part[n : n + 16], **options) for n in range(0, len(part), 16)]
+                writer.write(shard, stack_rows(rows))
+        state.wait_for_everyone()
+        if state.is_main_process:
+            writer.finish(len(texts))
+        state.wait_for_everyone()
+    return ShardedTensors(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -24,7 +26,8 @@ class Family:
         self.pipe, self.backbone = pipe, backbone_of(pipe)
         b = self.backbone
         self.frames = 2 if b.is_video else 1
-        size = b.latent_size(pipe)
+        size = b.latent_size(pipe, *getattr(pipe, "test_size", (None, None)))
+        self.image_size = tuple(side * b.pixel_factor(pipe) for side in size)
         shape = (2, b.latent_channels, *((self.frames,) if b.is_video else ()), *size)
         self.latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         self.encoding = b.encode_text(pipe, PROMPTS)
@@ -74,6 +77,36 @@ def test_features_stop_after_the_last_kept_block(family):
     for handle in handles:
         handle.remove()
     assert ran == [0]
+
+
+def test_tokens_are_row_major_frame_by_frame(family):
+    """A change of the latent in one corner of a frame changes a token there the most (convolutions may shift it)."""
+    b = family.backbone
+    (height, width), (h, w) = family.latents.shape[-2:], b.grid(tuple(family.latents.shape[-2:]), 1)
+    changed = family.latents.clone()
+    corner = changed[..., height - height // h :, : width // w]
+    corner = corner[:, :, -1] if b.is_video else corner
+    corner += 5 * torch.randn(corner.shape, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        before, after = (b.features(z, SIGMA, family.encoding, 1) for z in (family.latents, changed))
+    change = (after - before).norm(dim=-1).view(2, family.frames, h, w)
+    for sample in change:
+        frame, row, column = (int(i) for i in torch.unravel_index(sample.argmax(), sample.shape))
+        assert frame == family.frames - 1 and row >= h - 2 and column <= 1
+
+
+def test_half_precision(family):
+    """The denoiser takes what it is given in bfloat16, and says nearly the same."""
+    b = family.backbone
+    half = type(b).from_pipe(family.pipe, copy.deepcopy(b.denoiser).to(torch.bfloat16))
+    sigma, encoding = torch.tensor([0.25, 0.5]), dict(family.encoding)  # times and guidance without rounding
+    if "guidance" in encoding:
+        encoding["guidance"] = torch.full((2,), 4.0)
+    velocity, tokens, _ = half.velocity_and_features(family.latents, sigma, encoding, 1)
+    assert tokens.dtype == torch.bfloat16
+    with torch.no_grad():
+        exact = b.velocity(family.latents, sigma, encoding)
+    assert (velocity.float() - exact).norm() < 0.05 * exact.norm()
 
 
 def test_samples_do_not_mix(family):
@@ -127,12 +160,13 @@ def test_text_and_noise_level_reach_the_velocity(family):
 
 def test_unguided_samples_are_the_pipelines_own(family):
     b = family.backbone
-    options = {"num_inference_steps": 3, "output_type": "np"}
+    height, width = family.image_size
+    options = {"num_inference_steps": 3, "output_type": "np", "height": height, "width": width}
     if b.is_video:
         options["num_frames"] = 1 + family.pipe.vae_scale_factor_temporal
     generators = lambda: [torch.Generator().manual_seed(s) for s in (5, 6)]  # noqa: E731
     family.pipe.set_progress_bar_config(disable=True)
-    expected = family.pipe(PROMPTS, generator=generators(), **pipeline_options(family), **options)
+    expected = family.pipe(prompt=PROMPTS, generator=generators(), **pipeline_options(family), **options)
     expected = getattr(expected, "frames", None) if b.is_video else expected.images
     ours = guided_sample(
         family.pipe, None, PROMPTS, guidance_scale=4.0, generator=generators(), progress=False, **options
@@ -141,14 +175,15 @@ def test_unguided_samples_are_the_pipelines_own(family):
 
 
 def pipeline_options(family) -> dict:
-    """What the pipeline is called with beyond the usual for guidance 4."""
-    return {"guidance_scale": 4.0, **getattr(family.pipe, "test_options", {})}
+    """What the pipeline is called with beyond the usual for guidance 4; None for an option that it does not have."""
+    options = {"guidance_scale": 4.0, **getattr(family.pipe, "test_options", {})}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def test_images_are_encoded_as_the_pipeline_decodes_them(family):
     """decode(encode(x)) is the autoencoder's own reconstruction of its posterior mode."""
     b, vae = family.backbone, family.pipe.vae
-    h, w = (side * b.pixel_factor(family.pipe) for side in b.latent_size(family.pipe))
+    h, w = family.image_size
     images = torch.rand(2, 3, h, w, generator=torch.Generator().manual_seed(3))
     z = b.encode_images(vae, images)
     assert z.shape[:2] == (2, b.latent_channels) and z.shape[-2:] == tuple(family.latents.shape[-2:])

@@ -35,28 +35,29 @@ def tiny_transformer(seed: int = 0, depth: int = 4):
     )  # fmt: skip
 
 
-def tiny_autoencoder(seed: int = 0):
+def tiny_autoencoder(seed: int = 0, shift_factor: float | None = 0.06, levels: int = 2):
+    """2^(levels - 1) pixels per latent position."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
     return (
         AutoencoderKL(
-            sample_size=32, block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5,
+            sample_size=32, block_out_channels=(8,) * levels, layers_per_block=1, latent_channels=4, norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+            use_quant_conv=False, use_post_quant_conv=False, shift_factor=shift_factor, scaling_factor=1.5,
         )
         .eval()
         .requires_grad_(False)
     )  # fmt: skip
 
 
-def _text_encoder(vocabulary: int):
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+def clip_text_encoder(vocabulary: int = len(models.WORDS), projected: bool = True, positions: int = models.MAX_TOKENS):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    return CLIPTextModelWithProjection(
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(
         CLIPTextConfig(
             vocab_size=vocabulary, hidden_size=32, intermediate_size=64, projection_dim=32, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=models.MAX_TOKENS,
+            num_attention_heads=4, max_position_embeddings=positions,
             bos_token_id=models.BOS_ID, eos_token_id=models.EOS_ID, pad_token_id=models.PAD_ID,
         )
     ).eval().requires_grad_(False)  # fmt: skip
@@ -78,9 +79,9 @@ def tiny_pipeline(t5: bool = False, shift: float = 3.0):
         transformer=tiny_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         vae=tiny_autoencoder(),
-        text_encoder=_text_encoder(len(models.WORDS)),
+        text_encoder=clip_text_encoder(),
         tokenizer=tokenizer,
-        text_encoder_2=_text_encoder(len(models.WORDS)),
+        text_encoder_2=clip_text_encoder(),
         tokenizer_2=tokenizer,
         text_encoder_3=t5_encoder,
         tokenizer_3=tokenizer if t5 else None,
