@@ -235,9 +235,9 @@ def search_stitch(
     for start in range(0, fit_count, batch_size):
         stop = min(start + batch_size, fit_count)
         features, patches, prefix = probe.read(start, stop)
-        rows = targets.add(patches)
+        shifted = targets.add(patches)
         for one, f in zip(sums, features, strict=True):
-            one.add(f, rows)
+            one.add(f, shifted)
         for j in prefix_sum:
             prefix_sum[j] = prefix_sum[j] + prefix[j].sum(0, dtype=torch.float64)
         bar.update(stop - start)
