@@ -3,6 +3,7 @@
 from .base import ValueEstimator
 from .finetune import FinetuneConfig, finetune
 from .monte_carlo import MonteCarloValue
+from .rollouts import cache_rollouts
 from .search import SearchResult, StitchCandidate, search_stitch
 from .stitched import StitchedValue
 from .stitching import stitch
@@ -18,6 +19,7 @@ __all__ = [
     "TweedieValue",
     "ValueEstimator",
     "ValueSum",
+    "cache_rollouts",
     "finetune",
     "search_stitch",
     "stitch",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backbones import Encoding
+from ..backbones import Encoding, expand_sigma
 from .distillation import centre_biased_sigmas
 from .targets import DistillationTargets
 
@@ -49,6 +49,11 @@ class StepData:
         draws = [torch.randn(tuple(shape), generator=_generator(self.seed, self.step, r)) for r in rows.tolist()]
         return torch.stack(draws)
 
+    def picks(self, rows: Tensor, count: int) -> Tensor:
+        """Which of ``count`` each row of the step reads, int64 [R]."""
+        draws = [torch.randint(count, (), generator=_generator(self.seed, self.step, r)) for r in rows.tolist()]
+        return torch.stack(draws)
+
 
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
@@ -77,7 +82,15 @@ def read_batch(targets: DistillationTargets, data: StepData, rows: Tensor) -> Ba
     index = data.index[rows]
     clean, wanted = targets.batch(index)
     encoding = targets.encodings(index) if data.prompted else None
-    return Batch(clean, wanted, data.noise(rows, clean.shape[1:]), data.sigma[rows], encoding)
+    sigma, noise = data.sigma[rows], data.noise(rows, clean.shape[1:])
+    visited = targets.states(index)
+    if visited is not None:  # one of the latents on the way; the noise is what makes it of the end
+        states, sigmas = visited
+        picked = torch.arange(len(rows)), data.picks(rows, sigmas.shape[1])
+        sigma = sigmas[picked]
+        mix = expand_sigma(sigma, clean)
+        noise = (states[picked] - (1 - mix) * clean) / mix
+    return Batch(clean, wanted, noise, sigma, encoding)
 
 
 def read_ahead(calls: Iterable[Callable[[], Batch]]) -> Iterator[Batch]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class DistillationTargets:
     """Rows over N images.
 
     Attributes:
-        latents: ``latents``, z_0 float32 [C, H, W], and the images' captions.
+        latents: ``latents``, z_0 float32 [C, H, W], and the images' captions. Of the generator's own rollouts also
+            ``states`` [K, C, H, W], latents on the way, and ``sigmas`` [K], their noise levels.
         teachers: for every reward ``tokens``, its output tokens float16 [P+N', C'], and ``embeddings``, normalised,
             float32 [D].
         text: the backbone's encoding of every image's caption, if it was asked for.
@@ -53,18 +55,56 @@ class DistillationTargets:
         rows = [teacher.rows(index) for teacher in self.teachers]
         return self.latents.rows(index)["latents"], [(r["tokens"], r["embeddings"]) for r in rows]
 
+    def states(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Latents [B, K, C, H, W] on the way to some images, and their noise levels [B, K]; None for real images, which
+        the forward process noises.
+        """
+        if "states" not in self.latents.names:
+            return None
+        rows = self.latents.rows(index)
+        return rows["states"], rows["sigmas"]
+
     def encodings(self, index: Tensor) -> Encoding:
         """The backbone's encoding of the captions of some images."""
         return stack_rows([self.text.row(n) for n in index.tolist()])
 
 
-def _weights_hash(module: nn.Module) -> str:
+def weights_hash(module: nn.Module) -> str:
     """A digest of a few entries of every weight: a network of the same shape with other weights has another."""
     digest = hashlib.sha256()
     for name, t in module.state_dict().items():
         values = t.detach().flatten()[:: max(1, t.numel() // 16)]
         digest.update(name.encode() + values.double().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def vae_identity(vae) -> dict[str, Any]:
+    """What tells an autoencoder from another."""
+    # Of the configuration's own entries some are in another order in every process.
+    settings = {name: setting for name, setting in vae.config.items() if not name.startswith("_")}
+    return {**settings, "weights": weights_hash(vae)}
+
+
+def teacher_writer(folder: Path, read: dict[str, Any], reward: RewardModel, shard_size: int) -> ShardWriter:
+    """Where a teacher's outputs go: a folder of its own, whose identity is ``read`` and the reward."""
+    identity = {**reward.describe(), "weights": weights_hash(reward)}
+    name = f"{type(reward).__name__}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:8]}"
+    return ShardWriter(folder / name, {**read, "reward": identity}, shard_size)
+
+
+def teacher_output(reward: RewardModel, images: Tensor) -> dict[str, Tensor]:
+    """What is stored of a teacher's output for images [B, 3, H, W] in [0, 1], on the CPU."""
+    output = reward.output(images.to(reward.device))
+    return {"tokens": output.tokens.half().cpu(), "embeddings": output.normalized.cpu()}
+
+
+def check_finite_rows(rows: dict[str, Tensor], names: Sequence[str]) -> None:
+    """Raises FloatingPointError, with the name of the first row that is not finite."""
+    for name, values in rows.items():
+        finite = values.flatten(1).isfinite().all(1)
+        if not finite.all():
+            bad = names[int((~finite).nonzero()[0])]
+            raise FloatingPointError(f"images: the {name} of {bad} are not finite in {values.dtype}")
 
 
 @torch.no_grad()
@@ -105,19 +145,9 @@ def cache_targets(
     def encode(x: Tensor) -> dict[str, Tensor]:
         return {"latents": backbone.encode_images(pipe.vae, x.to(pipe.vae.device))}
 
-    # Of the configuration's own entries some are in another order in every process.
-    vae = {name: setting for name, setting in pipe.vae.config.items() if not name.startswith("_")}
-    vae["weights"] = _weights_hash(pipe.vae)
-    tasks = [(ShardWriter(folder / "latents", {**read, "vae": vae}, shard_size), encode)]
+    tasks = [(ShardWriter(folder / "latents", {**read, "vae": vae_identity(pipe.vae)}, shard_size), encode)]
     for reward in rewards:
-
-        def teach(x: Tensor, reward: RewardModel = reward) -> dict[str, Tensor]:
-            output = reward.output(x.to(reward.device))
-            return {"tokens": output.tokens.half(), "embeddings": output.normalized}
-
-        identity = {**reward.describe(), "weights": _weights_hash(reward)}
-        name = f"{type(reward).__name__}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:8]}"
-        tasks.append((ShardWriter(folder / name, {**read, "reward": identity}, shard_size), teach))
+        tasks.append((teacher_writer(folder, read, reward, shard_size), partial(teacher_output, reward)))
 
     if not all(writer.is_complete() for writer, _ in tasks):
         records = source.records(skip)
@@ -143,7 +173,7 @@ def cache_targets(
     latents, *teachers = (ShardedTensors(writer.folder) for writer, _ in tasks)
     text = None
     if text_options is not None:
-        text = _cache_text(folder / "text", pipe, latents, text_options, progress)
+        text = cache_text(folder / "text", pipe, latents, text_options, progress)
     return DistillationTargets(latents, teachers, text)
 
 
@@ -155,24 +185,20 @@ def _write_shard(shard: int, tasks: list, source, records: list, batch_size: int
         images = source.load(batch)
         for (_, compute), parts in zip(tasks, found, strict=True):
             rows = {name: value.cpu() for name, value in compute(images).items()}
-            for name, values in rows.items():
-                finite = values.flatten(1).isfinite().all(1)
-                if not finite.all():
-                    bad = batch[int((~finite).nonzero()[0])].name
-                    raise FloatingPointError(f"images: the {name} of {bad} are not finite in {values.dtype}")
+            check_finite_rows(rows, [record.name for record in batch])
             parts.append(rows)
     for (writer, _), parts in zip(tasks, found, strict=True):
         rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         writer.write(shard, rows, [record.caption for record in records])
 
 
-def _cache_text(folder: Path, pipe, latents: ShardedTensors, options: dict, progress: bool) -> ShardedTensors:
+def cache_text(folder: Path, pipe, latents: ShardedTensors, options: dict, progress: bool) -> ShardedTensors:
     """The backbone's encodings of the captions that were stored with the latents; texts of one shard are padded to one
     length.
     """
     backbone = backbone_of(pipe)
     state = processes(backbone.device)
-    encoders = {n: _weights_hash(m) for n, m in pipe.components.items() if n.startswith("text_encoder") and m}
+    encoders = {n: weights_hash(m) for n, m in pipe.components.items() if n.startswith("text_encoder") and m}
     writer = ShardWriter(
         folder, {"captions": latents.digest, "options": options, "encoders": encoders}, latents.shard_size
     )
