@@ -67,7 +67,7 @@ def test_pair(name, kind, rewards, table, tmp_path):
     generator = torch.Generator().manual_seed(0)
     images = torch.nn.functional.interpolate(torch.rand(16, 3, 4, 4, generator=generator), image_size, mode="bilinear")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*few-step.*")
+        warnings.filterwarnings("ignore", message=".*distilled to few steps.*")
         value = stitch(
             pipe, reward, images, work_dir=tmp_path / "work", probe_images=8, config=TRAINING, progress=False
         )
