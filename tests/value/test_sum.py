@@ -53,7 +53,7 @@ def weighted(parts):
     return sum(w * part for w, part in zip(WEIGHTS, parts, strict=True))
 
 
-def close(got, expected, tolerance):
+def assert_near(got, expected, tolerance):
     assert (got - expected).norm() <= tolerance * expected.norm()
 
 
@@ -68,9 +68,9 @@ def test_value_and_gradient_are_the_weighted_sums(values, latents, condition, me
     total = total_of(values)
     parts = [v.value_and_grad(latents, 0.5, condition) for v in values]
     got = total.value_and_grad(latents, 0.5, condition)
-    close(got[0], weighted(p[0] for p in parts), 1e-5)
-    close(got[1], weighted(p[1] for p in parts), 1e-5)
-    close(total.value(latents, 0.5, condition), got[0], 1e-6)
+    assert_near(got[0], weighted(p[0] for p in parts), 1e-5)
+    assert_near(got[1], weighted(p[1] for p in parts), 1e-5)
+    assert_near(total.value(latents, 0.5, condition), got[0], 1e-6)
 
 
 def test_gradient_in_double(values, latents, condition):
@@ -86,7 +86,7 @@ def test_gradient_in_double(values, latents, condition):
 
     expected = weighted(gradient(value) for value in double)
     assert expected.dtype == torch.float64
-    close(gradient(total), expected, 1e-12)
+    assert_near(gradient(total), expected, 1e-12)
 
 
 def test_exactly_one_prefix(values, latents, condition):
@@ -105,10 +105,10 @@ def test_guidance_shares_the_unconditional_branch(values, latents, condition):
         velocity = total.backbone.guided_velocity(latents, 0.6, condition)
     assert block_calls(total, lambda: total.denoise_with_value(latents, 0.6, condition)) == plain == [4, 4, 4, 4]
     got = total.denoise_with_value(latents, 0.6, condition)
-    close(got[0], velocity, 1e-4)
+    assert_near(got[0], velocity, 1e-4)
     expected = total.value_and_grad(latents, 0.6, condition)
-    close(got[1], expected[0], 1e-5)
-    close(got[2], expected[1], 1e-5)
+    assert_near(got[1], expected[0], 1e-5)
+    assert_near(got[2], expected[1], 1e-5)
 
 
 def test_another_negative_prompt_runs_its_own_prefix(values, pipe, latents, condition):
@@ -116,7 +116,7 @@ def test_another_negative_prompt_runs_its_own_prefix(values, pipe, latents, cond
     uncond = total.backbone.encode_text(pipe, ["a blue ring"] * 2, max_sequence_length=0)
     other = Condition(condition.prompts, condition.cond, uncond, guidance_scale=3.0)
     assert block_calls(total, lambda: total.denoise_with_value(latents, 0.6, other)) == [6, 6, 6, 4]
-    close(total.denoise_with_value(latents, 0.6, other)[2], total.value_and_grad(latents, 0.6, condition)[1], 1e-5)
+    assert_near(total.denoise_with_value(latents, 0.6, other)[2], total.value_and_grad(latents, 0.6, condition)[1], 1e-5)
 
 
 def test_normalised_as_a_sum_of_rewards(values, latents, condition):
@@ -124,8 +124,8 @@ def test_normalised_as_a_sum_of_rewards(values, latents, condition):
     total = ValueSum(list(zip(values, WEIGHTS, strict=True)), normalise=pairs)
     parts = [v.value_and_grad(latents, 0.5, condition) for v in values]
     v, grad = total.value_and_grad(latents, 0.5, condition)
-    close(v, weighted((p[0] - mean) / std for p, (mean, std) in zip(parts, pairs, strict=True)), 1e-5)
-    close(grad, weighted(p[1] / std for p, (_, std) in zip(parts, pairs, strict=True)), 1e-5)
+    assert_near(v, weighted((p[0] - mean) / std for p, (mean, std) in zip(parts, pairs, strict=True)), 1e-5)
+    assert_near(grad, weighted(p[1] / std for p, (_, std) in zip(parts, pairs, strict=True)), 1e-5)
 
 
 def test_other_estimators_run_by_themselves(values, pipe, reward, latents, condition):
@@ -134,10 +134,10 @@ def test_other_estimators_run_by_themselves(values, pipe, reward, latents, condi
     assert total.shared == [0, 2] and total.separate == [1]
     parts = [v.value_and_grad(latents, 0.5, condition) for v in (values[0], tweedie, values[1])]
     for got in (total.value_and_grad(latents, 0.5, condition), total.branches_with_value(latents, 0.5, condition)[2:]):
-        close(got[0], weighted(p[0] for p in parts), 1e-5)
-        close(got[1], weighted(p[1] for p in parts), 1e-5)
+        assert_near(got[0], weighted(p[0] for p in parts), 1e-5)
+        assert_near(got[1], weighted(p[1] for p in parts), 1e-5)
     only = ValueSum([(tweedie, 1.0)])
-    close(only.denoise_with_value(latents, 0.5, condition)[2], parts[1][1], 1e-5)
+    assert_near(only.denoise_with_value(latents, 0.5, condition)[2], parts[1][1], 1e-5)
     rollouts = MonteCarloValue(pipe, reward, 1, 1)
     with_rollouts = ValueSum([(values[0], 1.0), (rollouts, 1.0)])
     assert with_rollouts.value(latents, 0.5, condition).shape == (2,)
@@ -152,7 +152,7 @@ def test_values_with_another_null_text_do_not_share(values, latents, condition):
     total = ValueSum([(values[1], 1.0), (other, 1.0)])
     assert total.shared == [0] and total.separate == [1]
     expected = values[1].value(latents, 0.5, condition) + other.value(latents, 0.5, condition)
-    close(total.value(latents, 0.5, condition), expected, 1e-5)
+    assert_near(total.value(latents, 0.5, condition), expected, 1e-5)
 
 
 def test_guided_sampling(values, pipe):
