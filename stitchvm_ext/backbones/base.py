@@ -38,6 +38,7 @@ class DiffusionBackbone:
         process: the forward process.
     """
 
+    truncate = staticmethod(truncate)  # makes the shell of the first blocks
     image_tokens_index: int = 1  # where a block's output tuple holds the image tokens; they are the last ones there
     is_video: bool = False
     text_options: tuple[str, ...] = ()  # names of the options of :meth:`encode_text`
@@ -220,7 +221,7 @@ class DiffusionBackbone:
         """The shell of the first ``depth`` blocks, made once per depth."""
         self.check_depth(depth)
         if depth not in self._shells:
-            self._shells[depth] = truncate(self.denoiser, depth)
+            self._shells[depth] = self.truncate(self.denoiser, depth)
         return self._shells[depth]
 
     def run_prefix(self, latents: Tensor, sigma: Tensor, encoding: Encoding, depth: int) -> Tensor:

@@ -32,6 +32,8 @@ class UNetBackbone(DDPMBackbone):
         ValueError: the U-Net reads more than latents, time and text (inpainting, distilled guidance, image embeddings).
     """
 
+    truncate = staticmethod(truncate_unet)
+
     def __init__(self, denoiser: nn.Module, process: DDPM, pixel_factor: int):
         config = denoiser.config
         for name, allowed in _CONFIG.items():
@@ -74,12 +76,6 @@ class UNetBackbone(DDPMBackbone):
 
     def image_tokens(self, output, latents: Tensor, depth: int) -> Tensor:
         return output[0].flatten(2).transpose(1, 2).to(self.dtype)  # (feature map, skip connections)
-
-    def truncated(self, depth: int) -> nn.Module:
-        self.check_depth(depth)
-        if depth not in self._shells:
-            self._shells[depth] = truncate_unet(self.denoiser, depth)
-        return self._shells[depth]
 
     def run_prefix(self, latents: Tensor, sigma: Tensor, encoding: Encoding, depth: int) -> Tensor:
         output = self.truncated(depth)(**self.call_inputs(latents, sigma, encoding), return_dict=False)
