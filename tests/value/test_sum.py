@@ -116,7 +116,9 @@ def test_another_negative_prompt_runs_its_own_prefix(values, pipe, latents, cond
     uncond = total.backbone.encode_text(pipe, ["a blue ring"] * 2, max_sequence_length=0)
     other = Condition(condition.prompts, condition.cond, uncond, guidance_scale=3.0)
     assert block_calls(total, lambda: total.denoise_with_value(latents, 0.6, other)) == [6, 6, 6, 4]
-    assert_near(total.denoise_with_value(latents, 0.6, other)[2], total.value_and_grad(latents, 0.6, condition)[1], 1e-5)
+    assert_near(
+        total.denoise_with_value(latents, 0.6, other)[2], total.value_and_grad(latents, 0.6, condition)[1], 1e-5
+    )
 
 
 def test_normalised_as_a_sum_of_rewards(values, latents, condition):
