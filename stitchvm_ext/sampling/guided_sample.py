@@ -144,9 +144,7 @@ def guided_sample(
             "pipe: its denoiser is guided by apply_value_guidance; call remove_value_guidance(transformer) first"
         )
     text_options = _text_options(backbone, value, max_sequence_length)
-    cfg_scale = float(guidance_scale)
-    if backbone.distilled_guidance:
-        text_options["guidance"], cfg_scale = float(guidance_scale), float(true_cfg_scale)
+    cfg_scale, text_options = split_guidance(backbone, guidance_scale, true_cfg_scale, text_options)
     batch_size = batch_size or len(prompts)
     chunks = [slice(first, first + batch_size) for first in range(0, len(prompts), batch_size)]
     sources = [NoiseSource(g, backbone.device) for g in per_sample_generators(generator, len(prompts))]
@@ -198,6 +196,17 @@ def guided_sample(
 
 
 # -- the phases --------------------------------------------------------------------------------------------------------
+
+
+def split_guidance(
+    backbone: DiffusionBackbone, guidance_scale: float, true_cfg_scale: float, text_options: dict
+) -> tuple[float, dict]:
+    """The scale of classifier-free guidance, and the text options, in which models with distilled guidance have
+    ``guidance_scale``.
+    """
+    if not backbone.distilled_guidance:
+        return float(guidance_scale), text_options
+    return float(true_cfg_scale), {**text_options, "guidance": float(guidance_scale)}
 
 
 def encode_condition(

@@ -39,19 +39,19 @@ class StepData:
         epoch, position = divmod(step, max(1, count // batch_size))
         order = _order(seed, epoch, count)
         index = torch.from_numpy(order[position * batch_size : (position + 1) * batch_size])
-        generator = _generator(seed, step)
+        generator = seeded_generator(seed, step)
         sigma = centre_biased_sigmas(len(index), generator)
         prompted = torch.rand((), generator=generator).item() < prompt_share
         return cls(seed, step, index, sigma, prompted)
 
     def noise(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
         """Noise [R, *shape] of some rows of the step, each from a generator of its own."""
-        draws = [torch.randn(tuple(shape), generator=_generator(self.seed, self.step, r)) for r in rows.tolist()]
+        draws = [torch.randn(tuple(shape), generator=seeded_generator(self.seed, self.step, r)) for r in rows.tolist()]
         return torch.stack(draws)
 
     def picks(self, rows: Tensor, count: int) -> Tensor:
         """Which of ``count`` each row of the step reads, int64 [R]."""
-        draws = [torch.randint(count, (), generator=_generator(self.seed, self.step, r)) for r in rows.tolist()]
+        draws = [torch.randint(count, (), generator=seeded_generator(self.seed, self.step, r)) for r in rows.tolist()]
         return torch.stack(draws)
 
 
@@ -60,7 +60,8 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def _generator(*key: int) -> torch.Generator:
+def seeded_generator(*key: int) -> torch.Generator:
+    """Of a key such as (seed, step, row): neighbouring keys have nothing in common."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..backbones import Condition, DiffusionBackbone, backbone_of
 from ..backbones.base import frozen
 from ..rewards.base import RewardModel
+from .batches import seeded_generator
 from .processes import processes
 from .sharded import ShardedTensors, ShardWriter, shard_path
 from .targets import (
@@ -128,11 +129,9 @@ def cache_rollouts(
 def _condition(
     pipe, backbone: DiffusionBackbone, prompts: list[str], guidance_scale: float, options: dict
 ) -> Condition:
-    from ..sampling.guided_sample import encode_condition
+    from ..sampling.guided_sample import encode_condition, split_guidance
 
-    scale = guidance_scale
-    if backbone.distilled_guidance:
-        options, scale = {**options, "guidance": guidance_scale}, 1.0
+    scale, options = split_guidance(backbone, guidance_scale, 1.0, options)
     return encode_condition(pipe, backbone, prompts, [""] * len(prompts), scale, options)
 
 
@@ -142,7 +141,9 @@ def _roll_out(
     """Rows of trajectories: their ends z_0 [B, C, H, W], some states before [B, states, C, H, W] and these states'
     noise levels [B, states].
     """
-    generators = [torch.Generator().manual_seed(_seed(seed, row)) for row in rows]
+    from ..sampling.transitions import ode
+
+    generators = [seeded_generator(seed, row) for row in rows]
     shape = (backbone.latent_channels, *latent_size)
     draw = lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(backbone.device)  # noqa: E731
     steps = len(sigmas) - 1
@@ -154,14 +155,8 @@ def _roll_out(
             row, slot = (kept == number).nonzero(as_tuple=True)
             found[row, slot] = z[row.to(z.device)].cpu()
             velocity = backbone.guided_velocity(z, now, condition).float()
-            z = step(z, velocity, now, after, draw()).float()
+            z = step(z, velocity, now, after, None if step is ode else draw()).float()
     return {"latents": z.cpu(), "states": found, "sigmas": sigmas[kept]}
-
-
-def _seed(seed: int, row: int) -> int:
-    import numpy as np
-
-    return int(np.random.SeedSequence((seed, row)).generate_state(1, np.uint64)[0])
 
 
 def _teach(pipe, backbone, shard: int, teachers: list, latents: ShardWriter, prompts: list[str], batch_size: int):
