@@ -19,7 +19,7 @@ from harness import save
 
 from stitchvm_ext import MonteCarloValue
 from stitchvm_ext.backbones import backbone_of
-from stitchvm_ext.data.source import as_unit_images
+from stitchvm_ext.data import TensorImages
 from stitchvm_ext.evaluation import spearman
 from stitchvm_ext.evaluation.noise_levels import add_noise
 from stitchvm_ext.evaluation.report import rows_table
@@ -29,7 +29,7 @@ from stitchvm_ext.playground.train import PICTURE_SEED
 from stitchvm_ext.playground.train_value import CONFIG, PROBE_PICTURES
 from stitchvm_ext.sampling.guided_sample import encode_condition
 from stitchvm_ext.value import cache_rollouts, finetune, search_stitch
-from stitchvm_ext.value.stitching import untrained_value
+from stitchvm_ext.value.stitching import encode_probe, untrained_value
 from stitchvm_ext.value.targets import cache_targets
 
 TEXT_OPTIONS = {"max_sequence_length": 0}
@@ -56,9 +56,7 @@ def main() -> None:
     null = backbone.null_condition(pipe, **TEXT_OPTIONS)
     pictures = world.dataset(args.images + PROBE_PICTURES, PICTURE_SEED)
     images, captions = picture_tensor(pictures), [p.caption for p in pictures[: args.images]]
-    probe = as_unit_images(images[-PROBE_PICTURES:])
-    with torch.no_grad():
-        latents = torch.cat([backbone.encode_images(pipe.vae, x) for x in probe.split(64)])
+    probe, latents = encode_probe(pipe, TensorImages(images[-PROBE_PICTURES:]), PROBE_PICTURES)
     search = search_stitch(backbone, reward, latents, probe, null)
     pick = (search, search.best.depth, search.best.layer, tuple(latents.shape[-2:]), null, TEXT_OPTIONS)
 

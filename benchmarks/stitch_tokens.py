@@ -19,15 +19,14 @@ import torch
 from harness import save
 
 from stitchvm_ext.backbones import backbone_of
-from stitchvm_ext.backbones.latents import encode_images
-from stitchvm_ext.data.source import as_unit_images
+from stitchvm_ext.data import TensorImages
 from stitchvm_ext.playground import load_pipeline, load_reward, world
 from stitchvm_ext.playground.experiments import held_out, noise_level_accuracy, picture_tensor
 from stitchvm_ext.playground.train import PICTURE_SEED
 from stitchvm_ext.playground.train_value import CONFIG, PROBE_PICTURES
 from stitchvm_ext.value import finetune, search_stitch
 from stitchvm_ext.value.search import TOKENS
-from stitchvm_ext.value.stitching import untrained_value
+from stitchvm_ext.value.stitching import encode_probe, untrained_value
 from stitchvm_ext.value.targets import cache_targets
 
 SIGMAS = (0.1, 0.5, 0.75)
@@ -52,9 +51,7 @@ def main() -> None:
     backbone = backbone_of(pipe)
     null = backbone.null_condition(pipe, **TEXT_OPTIONS)
     images = picture_tensor(world.dataset(args.images + PROBE_PICTURES, PICTURE_SEED))
-    probe = as_unit_images(images[-PROBE_PICTURES:])
-    with torch.no_grad():
-        latents = torch.cat([encode_images(pipe.vae, x) for x in probe.split(64)])
+    probe, latents = encode_probe(pipe, TensorImages(images[-PROBE_PICTURES:]), PROBE_PICTURES)
     searches = {tokens: search_stitch(backbone, reward, latents, probe, null, tokens=tokens) for tokens in TOKENS}
     closed_form = {}
     for tokens, search in searches.items():

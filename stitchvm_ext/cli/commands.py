@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -59,11 +58,10 @@ def search(
         max_sequence_length: rows of the text encoding (SD3, FLUX); by default the backbone's own.
         seed: of noise levels and noise.
     """
-    import torch
-
     from ..backbones import backbone_of
     from ..data import as_image_source
     from ..value import search_stitch
+    from ..value.stitching import encode_probe
 
     source = as_image_source(images)
     count = source.count(probe_images)
@@ -71,9 +69,7 @@ def search(
         raise ValueError(f"probe_images: expected 8 to {count}, the pictures in {images}, got {probe_images}")
     scorer, pipe = reward.load(backbone.torch_device), backbone.load()
     adapter = backbone_of(pipe)
-    source = source.resized(size.pixels(pipe))
-    probe = source.load(list(islice(source.records(), probe_images)))
-    latents = torch.cat([adapter.encode_images(pipe.vae, x.to(pipe.vae.device)) for x in probe.split(8)])
+    probe, latents = encode_probe(pipe, source.resized(size.pixels(pipe)), probe_images)
     null = adapter.null_condition(pipe, **_text_options(max_sequence_length))
     found = search_stitch(adapter, scorer, latents, probe, null, tokens=tokens, seed=seed)
     found.save(out)

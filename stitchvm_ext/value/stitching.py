@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..backbones import backbone_of
 from ..backbones.distilled import warn_if_few_step
@@ -62,6 +63,14 @@ def untrained_value(
         details={"closed-form mse": candidate.mse, "closed-form fraction unexplained": candidate.unexplained},
     )
     return value.to(backbone.device).eval().requires_grad_(False)
+
+
+def encode_probe(pipe, source: ImageSource, count: int, batch_size: int = 16) -> tuple[Tensor, Tensor]:
+    """What :func:`search_stitch` reads: the first ``count`` images [N, 3, H, W] in [0, 1] and their latents."""
+    backbone = backbone_of(pipe)
+    images = source.load(list(islice(source.records(), count)))
+    latents = [backbone.encode_images(pipe.vae, part.to(pipe.vae.device)) for part in images.split(batch_size)]
+    return images, torch.cat(latents)
 
 
 def stitch(
@@ -127,10 +136,7 @@ def stitch(
 
     text_options = dict(text_options or {})
     null_condition = backbone.null_condition(pipe, **text_options)
-    probe = source.load(list(islice(source.records(), probe_images)))
-    latents = torch.cat(
-        [backbone.encode_images(pipe.vae, x.to(pipe.vae.device)) for x in probe.split(config.encode_batch_size)]
-    )
+    probe, latents = encode_probe(pipe, source, probe_images, config.encode_batch_size)
     progress = progress and state.is_main_process
     values, searches = [], []
     for number, one in enumerate(rewards):
