@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..backbones import Condition, DiffusionBackbone, backbone_of
@@ -29,6 +29,7 @@ from .targets import (
     check_finite_rows,
     teacher_output,
     teacher_writer,
+    text_encoders_identity,
     vae_identity,
     weights_hash,
 )
@@ -90,11 +91,11 @@ def cache_rollouts(
     sigmas = pipeline_sigmas(pipe, backbone, num_inference_steps, latent_size)
 
     state = processes(backbone.device)
-    denoiser = weights_hash(backbone.denoiser)
     read = {
-        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(), "denoiser": denoiser, "seed": seed,
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(), "denoiser": _policy(backbone.denoiser),
+        "encoders": text_encoders_identity(pipe), "vae": vae_identity(pipe.vae), "text_options": text_options,
         "sigmas": sigmas.tolist(), "guidance_scale": guidance_scale, "transition": transition, "states": states,
-        "size": list(latent_size), "text_options": text_options, "vae": vae_identity(pipe.vae),
+        "size": list(latent_size), "seed": seed,
     }  # fmt: skip
     latents = ShardWriter(folder / "latents", read, shard_size)
     teachers = [(reward, teacher_writer(folder, read, reward, shard_size)) for reward in rewards]
@@ -133,6 +134,16 @@ def _condition(
 
     scale, options = split_guidance(backbone, guidance_scale, 1.0, options)
     return encode_condition(pipe, backbone, prompts, [""] * len(prompts), scale, options)
+
+
+def _policy(denoiser: nn.Module) -> dict[str, str]:
+    """What tells a denoiser from another: its weights, adapters among them, and how much each adapter counts."""
+    adapters = [
+        (name, sorted(module.scaling.items()), module.active_adapters, module.disable_adapters)
+        for name, module in denoiser.named_modules()
+        if hasattr(module, "scaling") and hasattr(module, "active_adapters")  # a LoRA layer of peft
+    ]
+    return {"weights": weights_hash(denoiser), "adapters": hashlib.sha256(repr(adapters).encode()).hexdigest()}
 
 
 def _roll_out(

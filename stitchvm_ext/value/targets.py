@@ -85,6 +85,11 @@ def vae_identity(vae) -> dict[str, Any]:
     return {**settings, "weights": weights_hash(vae)}
 
 
+def text_encoders_identity(pipe) -> dict[str, str]:
+    """What tells a pipeline's text encoders from others."""
+    return {n: weights_hash(m) for n, m in pipe.components.items() if n.startswith("text_encoder") and m}
+
+
 def teacher_writer(folder: Path, read: dict[str, Any], reward: RewardModel, shard_size: int) -> ShardWriter:
     """Where a teacher's outputs go: a folder of its own, whose identity is ``read`` and the reward."""
     identity = {**reward.describe(), "weights": weights_hash(reward)}
@@ -198,10 +203,8 @@ def cache_text(folder: Path, pipe, latents: ShardedTensors, options: dict, progr
     """
     backbone = backbone_of(pipe)
     state = processes(backbone.device)
-    encoders = {n: weights_hash(m) for n, m in pipe.components.items() if n.startswith("text_encoder") and m}
-    writer = ShardWriter(
-        folder, {"captions": latents.digest, "options": options, "encoders": encoders}, latents.shard_size
-    )
+    read = {"captions": latents.digest, "options": options, "encoders": text_encoders_identity(pipe)}
+    writer = ShardWriter(folder, read, latents.shard_size)
     if not writer.is_complete():
         texts = latents.texts()
         bare = next((n for n, text in enumerate(texts) if text is None), None)

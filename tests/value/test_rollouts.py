@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +18,24 @@ from stitchvm_ext.backbones import Condition, backbone_of, expand_rows
 from stitchvm_ext.value.batches import StepData, read_batch
 from stitchvm_ext.value.rollouts import cache_rollouts
 from stitchvm_ext.value.stitching import untrained_value
+from tests.tiny.flux import tiny_flux
 
 PROMPTS = ["a red circle", "two blue squares", "a ring", "a small green star", "three red rings"] * 2
+TRAINING = FinetuneConfig(epochs=40, batch_size=10, learning_rate=3e-3, warmup_steps=1)
 SETTINGS = {"num_inference_steps": 4, "guidance_scale": 3.0, "text_options": {"max_sequence_length": 0}}
 
 
 @pytest.fixture
 def rolled(pipe, reward, tmp_path):
     return cache_rollouts(tmp_path, pipe, reward, PROMPTS, **SETTINGS, states=4, shard_size=4, progress=False)
+
+
+def untrained(pipe, reward, images):
+    backbone = backbone_of(pipe)
+    null = backbone.null_condition(pipe, max_sequence_length=0)
+    latents = backbone.encode_images(pipe.vae, images)
+    search = search_stitch(backbone, reward, latents, images, null, layers=[1], progress=False)
+    return untrained_value(pipe, reward, search, 2, 1, (16, 16), null, SETTINGS["text_options"])
 
 
 def trajectory(targets, row: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,15 +106,78 @@ def test_another_policy_is_another_cache(rolled, reward, tmp_path, pipe):
     assert other.digest != rolled.digest
 
 
+def test_a_lora_and_its_scale_are_other_policies(pipe, reward, tmp_path):
+    """And a blocks' adapter is sampled with: other ends than without it."""
+    from peft import LoraConfig
+
+    adapted = copy.copy(pipe)
+    adapted.transformer = copy.deepcopy(pipe.transformer)
+    roll = lambda: cache_rollouts(tmp_path, adapted, reward, PROMPTS[:2], **SETTINGS, progress=False)  # noqa: E731
+    plain = roll()
+    torch.manual_seed(0)
+    adapted.transformer.add_adapter(
+        LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_v"]), adapter_name="style"
+    )
+    ends, digests = [plain.batch(torch.arange(2))[0]], [plain.digest]
+    for scale in (1.0, 0.5):
+        adapted.transformer.set_adapters("style", scale)
+        found = roll()
+        ends.append(found.batch(torch.arange(2))[0])
+        digests.append(found.digest)
+    assert len(set(digests)) == 3
+    assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(ends, 2))
+
+
+def test_distilled_guidance_is_an_input(reward, tmp_path):
+    """FLUX's rollouts are guided_sample's at the same guidance_scale, without an unconditional branch."""
+    pipe, options = tiny_flux(), {"num_inference_steps": 3, "guidance_scale": 6.0}
+    found = cache_rollouts(tmp_path, pipe, reward, PROMPTS[:2], states=3, **options, progress=False)
+    states, _ = trajectory(found, 1)
+    own = guided_sample(pipe, None, PROMPTS[1], latents=states[:1], **options, output_type="latent", progress=False)
+    end = found.batch(torch.tensor([1]))[0]
+    torch.testing.assert_close(end, own.latents, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_conditioned_value_reads_the_rollouts_prompts(pipe, reward, images, tmp_path):
+    targets = cache_rollouts(tmp_path, pipe, reward, PROMPTS, **SETTINGS, prompt_conditioned=True, progress=False)
+    encoded = backbone_of(pipe).encode_text(pipe, PROMPTS[3:5], max_sequence_length=0)
+    for name, rows in targets.encodings(torch.tensor([3, 4])).items():
+        torch.testing.assert_close(rows, encoded[name], rtol=1e-4, atol=1e-4)
+    value = untrained(pipe, reward, images)
+    value.prompt_conditioned = True
+    losses = finetune(value, reward, targets, replace(TRAINING, epochs=2, prompt_share=1.0), progress=False)
+    assert all(torch.isfinite(torch.tensor(terms)).all() for terms in losses.values())
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_shards(pipe, reward, tmp_path):
+    program = f"""
+import sys
+sys.path.append({str(Path(__file__).parents[2])!r})
+from tests import tiny
+from tests.value.test_rollouts import PROMPTS, SETTINGS
+from stitchvm_ext import cache_rollouts
+cache_rollouts(sys.argv[1], tiny.tiny_pipeline(), tiny.tiny_reward(), PROMPTS, **SETTINGS, shard_size=4, progress=False)
+"""
+    (tmp_path / "run.py").write_text(program)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "run.py"), str(tmp_path / "two")], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = cache_rollouts(tmp_path / "one", pipe, reward, PROMPTS, **SETTINGS, shard_size=4, progress=False)
+    two = cache_rollouts(tmp_path / "two", pipe, reward, PROMPTS, **SETTINGS, shard_size=4, progress=False)
+    index = torch.arange(len(PROMPTS))
+    assert two.digest == one.digest
+    torch.testing.assert_close(two.batch(index)[0], one.batch(index)[0], rtol=1e-4, atol=1e-4)
+
+
 def test_a_value_learns_from_rollouts(rolled, pipe, reward, images):
-    backbone = backbone_of(pipe)
-    null = backbone.null_condition(pipe, max_sequence_length=0)
-    latents = backbone.encode_images(pipe.vae, images)
-    search = search_stitch(backbone, reward, latents, images, null, layers=[1], progress=False)
-    value = untrained_value(pipe, reward, search, 2, 1, (16, 16), null, SETTINGS["text_options"])
-    config = FinetuneConfig(epochs=40, batch_size=10, learning_rate=3e-3, warmup_steps=1)
-    losses = finetune(value, reward, rolled, config, progress=False)
+    value = untrained(pipe, reward, images)
+    losses = finetune(value, reward, rolled, TRAINING, progress=False)
     assert losses["embedding"][-1] < 0.8 * losses["embedding"][0]
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     assert torch.isfinite(value.value(latents[:2], 0.5, tiny_condition(pipe))).all()
 
 
