@@ -107,7 +107,7 @@ def test_another_policy_is_another_cache(rolled, reward, tmp_path, pipe):
 
 
 def test_a_lora_and_its_scale_are_other_policies(pipe, reward, tmp_path):
-    """And a blocks' adapter is sampled with: other ends than without it."""
+    """Rollouts end elsewhere with the adapter than without it, and are not mistaken for one another."""
     from peft import LoraConfig
 
     adapted = copy.copy(pipe)
