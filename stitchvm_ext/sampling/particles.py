@@ -68,19 +68,20 @@ class ParticleWeights:
         score = values
         if self._seen is not None and not final and self.potential != "diff":
             score = torch.maximum(self._seen, values) if self.potential == "max" else self._seen + values
+        ruled_out = score.isneginf() | self.log_potential.isneginf()
+        score = score.masked_fill(ruled_out, 0.0)
         if self.target_ess is not None:
-            before = self._seen if self.potential == "diff" and self._seen is not None else 0.0
-            increment = _minus(score, before)
-            increment = scale_for_ess(increment, self.target_ess)[:, None] * increment.nan_to_num(neginf=0.0)
-            increment = increment.masked_fill(score.isneginf(), -math.inf)
+            increment = score - self._seen.nan_to_num(neginf=0.0) if self._telescopes else score
+            increment = increment.masked_fill(ruled_out, -math.inf)
+            increment = scale_for_ess(increment, self.target_ess)[:, None] * increment.masked_fill(ruled_out, 0.0)
         else:
-            potential = self.scale * score if self.scale else torch.zeros_like(score)
             # "diff" and the last event say what the whole path weighs, "max" and "sum" what this event adds.
             whole = final or self.potential == "diff"
-            increment = _minus(potential, self.log_potential) if whole else potential
+            increment = self.scale * score - (self.log_potential if whole else 0.0)
+        increment = increment.masked_fill(ruled_out, -math.inf)
         self.log_weights = self.log_weights + increment
         self.log_potential = self.log_potential + increment
-        self._seen = score
+        self._seen = score.masked_fill(ruled_out, -math.inf)
         self._check_alive()
 
     def correct(self, log_ratio: Tensor) -> None:
@@ -115,6 +116,10 @@ class ParticleWeights:
         if self.target_ess is not None:
             return torch.full_like(self._log_means, math.nan)
         return self._log_means + self.log_weights.logsumexp(1) - math.log(self.log_weights.shape[1])
+
+    @property
+    def _telescopes(self) -> bool:
+        return self.potential == "diff" and self._seen is not None
 
     def _check_alive(self) -> None:
         dead = self.log_weights.isneginf().all(1).nonzero().flatten().tolist()
@@ -204,8 +209,3 @@ def check_share(name: str, share) -> None:
         raise TypeError(f"{name}: expected a number, got {type(share).__name__}")
     if not 0 < share <= 1:
         raise ValueError(f"{name}: expected a share in (0, 1], got {share}")
-
-
-def _minus(a: Tensor, b: Tensor | float) -> Tensor:
-    """``a - b``, -inf where a is, whatever b is."""
-    return torch.where(a.isneginf(), a, a - b)
