@@ -142,7 +142,7 @@ def test_sample(monkeypatch, value, tmp_path):
     assert [row["prompt"] for row in guided["images"]] == ["a red circle"] * 2 + ["two blue squares"] * 2
     assert [row["seed"] for row in guided["images"]] == [5, 6, 7, 8]
     assert guided["settings"]["guidance"] == {
-        "strength": 0.5, "mode": "relative", "schedule": "alpha", "window": [1, None], "every": 1,
+        "strength": 0.5, "mode": "relative", "schedule": "alpha", "window": [1, None], "every": 1, "between": "none",
     }  # fmt: skip
     for row in guided["images"]:
         assert row["values"][0] is None and all(isinstance(v, float) for v in row["values"][1:])

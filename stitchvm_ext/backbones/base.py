@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from ..fused.function import Want, is_compiled
 from ..fused.fused_forward import FusedForward, fused_blocks
+from ..measure import count
 from . import latents as autoencoder
 from .condition import Condition, Encoding, stack_rows
 from .process import ForwardProcess, RectifiedFlow
+from .replay import map_outputs
 from .truncate import blocks_of, truncate
 
 
@@ -163,6 +165,7 @@ class DiffusionBackbone:
 
     def decode_latents(self, vae, latents: Tensor) -> Tensor:
         """D(z_0): float32 images [B, 3, H, W], of video models frames [B, 3, F, H, W]; differentiable, not clamped."""
+        count("decoder", len(latents))
         images = autoencoder.decode_latents(vae, latents)
         return images if self.is_video or images.ndim == 4 else images.squeeze(2)
 
@@ -240,6 +243,7 @@ class DiffusionBackbone:
         *,
         rows: Tensor | None = None,
         memory: str = "save",
+        whole: bool = False,
     ) -> Tensor:
         """Image tokens [B, N, width] after block ``depth``: ``u_{<=i}(z_t, t)`` of METHOD.md §2.
 
@@ -250,8 +254,9 @@ class DiffusionBackbone:
             rows: int64 [R], the tokens that the caller reads; what the others hold is not defined. The last block then
                 computes no others, forward and backward, and no text stream.
             memory: what fused blocks keep for the backward, "save" or "recompute".
+            whole: compute the last block whole all the same, for a pass that goes on from there.
         """
-        return self.features_at(latents, sigma, encoding, [depth], rows=rows, memory=memory)[depth]
+        return self.features_at(latents, sigma, encoding, [depth], rows=rows, memory=memory, whole=whole)[depth]
 
     def features_at(
         self,
@@ -262,6 +267,7 @@ class DiffusionBackbone:
         *,
         rows: Tensor | None = None,
         memory: str = "save",
+        whole: bool = False,
     ) -> dict[int, Tensor]:
         """Image tokens after each of several blocks, from one pass that ends at the deepest.
 
@@ -269,7 +275,8 @@ class DiffusionBackbone:
         """
         sigma = self.check_latents(latents, sigma)
         deepest, found = self._deepest(depths), {}
-        blocks = fused_blocks(*self._prefix(deepest, rows, memory, prune=True))
+        count("prefix", len(latents))
+        blocks = fused_blocks(*self._prefix(deepest, None if whole else rows, memory, prune=not whole))
         with frozen(self.denoiser), self._taps(set(depths) - {deepest}, latents, found), blocks:
             found[deepest] = self.run_prefix(latents, sigma, encoding, deepest)
         return found
@@ -378,7 +385,7 @@ class DiffusionBackbone:
         def cut(module, args, output):
             found[deepest] = self.image_tokens(output, latents, deepest)
             torch.set_grad_enabled(False)
-            return _detached(output)
+            return map_outputs(Tensor.detach, output)
 
         with torch.inference_mode(False):
             leaf = latents.detach().clone().requires_grad_()
@@ -426,10 +433,3 @@ def frozen(module: nn.Module):
     finally:
         for p in trainable:
             p.requires_grad_(True)
-
-
-def _detached(output):
-    """A block's output, tuples in it included, without its graph."""
-    if isinstance(output, tuple):
-        return tuple(_detached(o) for o in output)
-    return output.detach() if isinstance(output, Tensor) else output

@@ -279,7 +279,7 @@ def sample(
         "sigmas": result.sigmas.tolist(),
         "images": rows,
         "timings": result.timings,
-        "denoiser_evaluations": result.denoiser_evaluations,
+        "evaluations": asdict(result.evaluations),
     }
     partial = out / "samples.json.partial"
     partial.write_text(json.dumps(document, indent=1))

@@ -1,18 +1,28 @@
-"""Sampling under a value estimator: noise levels, transitions, gradient guidance, and its two front ends."""
+"""Sampling under a value estimator: noise levels, transitions, the inference-time methods, and their front ends."""
 
+from .best_of_n import BestOfN, sample_best_of_n
 from .dps import sample_dps
+from .fk import FK, sample_fk
 from .guidance import MODES, SCHEDULES, Guidance
 from .guided_sample import GuidedSampleOutput, guided_sample
 from .hook import ValueGuide, apply_value_guidance, remove_value_guidance
+from .methods import METHODS
 from .schedule import pipeline_sigmas
+from .search import Search, sample_search
+from .svdd import SVDD, sample_svdd
 from .transitions import TRANSITIONS, Transition, get_transition
 
 __all__ = [
+    "FK",
+    "METHODS",
     "MODES",
     "SCHEDULES",
+    "SVDD",
     "TRANSITIONS",
+    "BestOfN",
     "Guidance",
     "GuidedSampleOutput",
+    "Search",
     "Transition",
     "ValueGuide",
     "apply_value_guidance",
@@ -20,5 +30,9 @@ __all__ = [
     "guided_sample",
     "pipeline_sigmas",
     "remove_value_guidance",
+    "sample_best_of_n",
     "sample_dps",
+    "sample_fk",
+    "sample_search",
+    "sample_svdd",
 ]

@@ -130,7 +130,7 @@ def cache_rollouts(
 def _condition(
     pipe, backbone: DiffusionBackbone, prompts: list[str], guidance_scale: float, options: dict
 ) -> Condition:
-    from ..sampling.guided_sample import encode_condition, split_guidance
+    from ..sampling.encoding import encode_condition, split_guidance
 
     scale, options = split_guidance(backbone, guidance_scale, 1.0, options)
     return encode_condition(pipe, backbone, prompts, [""] * len(prompts), scale, options)

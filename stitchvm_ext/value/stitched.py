@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from ..backbones import Condition, DiffusionBackbone, Encoding, backbone_of, expand_rows, is_same_encoding
 from ..backbones.identity import check_fingerprint, fingerprint
+from ..backbones.replay import can_replay, recorded
+from ..measure import count
 from ..rewards import reward_suffix_from_description
 from ..rewards.base import RewardModel, RewardOutput, skip_blocks
 from .base import ValueEstimator
+from .carry import PrefixCarry
 from .folder import FORMAT_VERSION, find_folder, read_folder, upload_folder, write_folder
 from .side_stream import side_stream
 from .stitch_layer import StitchLayer, patchify
@@ -156,11 +159,25 @@ class StitchedValue(nn.Module, ValueEstimator):
 
     def score_tokens(self, tokens: Tensor, condition: Condition) -> Tensor:
         """V [B] from the backbone's tokens [B, T·N, C] after block ``depth``."""
+        count("value", len(condition))
         return self.score(self(self.by_frame(tokens), pooled_only=True), condition)
 
     def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
         self.check_condition(latents, condition)
         return self.score_tokens(self.tokens(latents, sigma, self.text_of(condition)), condition)
+
+    @torch.no_grad()
+    def value_and_carry(
+        self, latents: Tensor, sigma: float | Tensor, condition: Condition
+    ) -> tuple[Tensor, PrefixCarry | None]:
+        """As the base class says: where a branch of the denoiser runs the very prefix that the value has run."""
+        if not self.can_share(condition) or not can_replay(self.backbone.denoiser, self.backbone.blocks):
+            return super().value_and_carry(latents, sigma, condition)
+        self.check_condition(latents, condition)
+        self.check_latent_size(latents.shape[-2:])
+        with recorded(self.backbone.blocks[: self.depth]) as outputs:
+            tokens = self.backbone.features(latents, sigma, self.text_of(condition), self.depth, whole=True)
+        return self.score_tokens(tokens, condition), PrefixCarry(self, outputs)
 
     def frame_values(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
         """V of every latent frame of videos, [B, T]; of images [B, 1]."""

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..backbones import Condition, Encoding, is_same_encoding
+from ..backbones.replay import can_replay, recorded
 from ..rewards.sum import MeanStd, WeightedSum
 from .base import ValueEstimator
+from .carry import Carry, PrefixCarry
 from .side_stream import side_stream
 from .stitched import StitchedValue, rows_read_by
 
@@ -71,6 +73,11 @@ class ValueSum(ValueEstimator):
             if hasattr(value, "check_latent_size"):
                 value.check_latent_size(latent_size)
 
+    @classmethod
+    def mean(cls, values: Sequence[ValueEstimator]) -> ValueSum:
+        """The average of several estimates."""
+        return cls([(value, 1 / len(values)) for value in values])
+
     # -- the shared prefix ---------------------------------------------------------------------------------------------
 
     def _prefix(self, latents: Tensor, condition: Condition) -> dict:
@@ -130,6 +137,20 @@ class ValueSum(ValueEstimator):
             scores |= {k: score.detach() for k, score in shared.items()}
             grad = grad + own.float()
         return self._total(scores), grad
+
+    @torch.no_grad()
+    def value_and_carry(
+        self, latents: Tensor, sigma: float | Tensor, condition: Condition
+    ) -> tuple[Tensor, Carry | None]:
+        """As :meth:`StitchedValue.value_and_carry`, for the values that share the prefix."""
+        if not self.can_share(condition) or not can_replay(self.backbone.denoiser, self.backbone.blocks):
+            return super().value_and_carry(latents, sigma, condition)
+        self.check_condition(latents, condition)
+        with recorded(self.backbone.blocks[: self.depths[-1]]) as outputs:
+            tokens = self.backbone.features_at(latents, sigma, **self._prefix(latents, condition), whole=True)
+        scores = self._scores(tokens, condition)
+        scores |= {k: self.values[k].value(latents, sigma, condition) for k in self.separate}
+        return self._total(scores), PrefixCarry(self.values[self.shared[0]], outputs)
 
     def is_null_text(self, encoding: Encoding | None) -> bool:
         return bool(self.shared) and self.values[self.shared[0]].is_null_text(encoding)
