@@ -20,6 +20,7 @@ _HOME = {
     "StitchedValue": "value",
     "TweedieValue": "value",
     "ValueEstimator": "value",
+    "ValueGuidance": "sampling.guider",
     "ValueSum": "value",
     "apply_value_guidance": "sampling",
     "backbone_of": "backbones",

@@ -220,9 +220,11 @@ class StitchedValue(nn.Module, ValueEstimator):
         return *self.as_branches(shared_velocity, other_velocity), value.detach(), grad.float()
 
     def other_branch(self, condition: Condition) -> Encoding | None:
-        """What the denoiser reads beside the text of the shared branch; None if that is its only branch."""
+        """What the denoiser reads beside the text of the shared branch; None if that is its only branch, or if the
+        condition holds no text for another one.
+        """
         if not self.prompt_conditioned:
-            return condition.cond
+            return condition.cond or None
         return condition.uncond if condition.guidance_scale > 1 else None
 
     def as_branches(self, shared: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor | None]:
