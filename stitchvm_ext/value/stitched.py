@@ -95,6 +95,10 @@ class StitchedValue(nn.Module, ValueEstimator):
     def null_condition(self) -> Encoding:
         return {name: getattr(self, f"null_{name}") for name in self._null_names}
 
+    @property
+    def reads_encoding(self) -> bool:
+        return self.prompt_conditioned
+
     # -- the value -----------------------------------------------------------------------------------------------------
 
     def check_latent_size(self, latent_size: tuple[int, int]) -> None:
