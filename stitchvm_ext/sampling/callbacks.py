@@ -226,6 +226,7 @@ class FKSteeringCallback(_ValueCallback):
     Steering tilts the law of the samples that this scheduler draws. ``stochastic_sampling`` makes all noise anew from
     the denoised estimate at every step, which is not the model's own law; ``guided_sample`` has transitions that keep
     it. diffusers' pipelines draw the noise of their steps from torch's global generator: seed that for equal results.
+    Its img2img pipelines hand several images out in turn, not prompt by prompt: steer one image at a time.
 
     Args:
         value, prompts, negative_prompt, height, width: as for :class:`ValueGuidanceCallback`.
