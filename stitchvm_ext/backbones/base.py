@@ -55,7 +55,7 @@ class DiffusionBackbone:
         self.blocks = blocks_of(denoiser)
         self.depth = len(self.blocks)
         self.process = process or RectifiedFlow()
-        self._shells: dict[int, nn.Module] = {}
+        self._shells: dict[int, tuple[dict[str, nn.Module], nn.Module]] = {}
 
     @classmethod
     def from_pipe(cls, pipe, denoiser: nn.Module) -> DiffusionBackbone:
@@ -221,11 +221,15 @@ class DiffusionBackbone:
         return h * w * (latents.shape[2] if self.is_video else 1)
 
     def truncated(self, depth: int) -> nn.Module:
-        """The shell of the first ``depth`` blocks, made once per depth."""
+        """The shell of the first ``depth`` blocks, made once per depth, and anew where a module beside the blocks has
+        been replaced: an adapter on the embedders of latents or texts replaces them.
+        """
         self.check_depth(depth)
-        if depth not in self._shells:
-            self._shells[depth] = self.truncate(self.denoiser, depth)
-        return self._shells[depth]
+        made_of, shell = self._shells.get(depth, (None, None))
+        if made_of != self.denoiser._modules:
+            shell = self.truncate(self.denoiser, depth)
+            self._shells[depth] = (dict(self.denoiser._modules), shell)
+        return shell
 
     def run_prefix(self, latents: Tensor, sigma: Tensor, encoding: Encoding, depth: int) -> Tensor:
         """Image tokens after block ``depth``; no later block runs."""

@@ -1,4 +1,8 @@
-"""Sampling under a value estimator: noise levels, transitions, the inference-time methods, and their front ends."""
+"""Sampling under a value estimator: noise levels, transitions, the inference-time methods, and their front ends.
+
+``guider`` and ``callbacks`` hold subclasses of diffusers' classes; they are imported by themselves, so that this
+package does not import diffusers.
+"""
 
 from .best_of_n import BestOfN, sample_best_of_n
 from .dps import sample_dps

@@ -67,6 +67,10 @@ class ValueSum(ValueEstimator):
     def normalise(self, pairs: Sequence[MeanStd] | None) -> None:
         self.weighted.normalise = pairs
 
+    @property
+    def reads_encoding(self) -> bool:
+        return any(value.reads_encoding for value in self.values)
+
     def check_latent_size(self, latent_size: tuple[int, int]) -> None:
         """Raises ValueError unless every value can read latents of this (H, W)."""
         for value in self.values:
