@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -190,6 +192,7 @@ def guided_sample(
             torch.inference_mode(False),  # a caller's inference mode would leave no way to a gradient
             frozen(backbone.denoiser),
             frozen(pipe.vae),
+            _model_hooks_freed(pipe),
             backbone.fused(),
             count_evaluations(backbone) as evaluations,
             clock("total"),
@@ -235,6 +238,15 @@ def decode(pipe, backbone: DiffusionBackbone, latents: Tensor, batch_size: int |
         return arrays
     to_pil = VaeImageProcessor.numpy_to_pil
     return to_pil(arrays) if images.ndim == 4 else [to_pil(frames) for frames in arrays]
+
+
+@contextmanager
+def _model_hooks_freed(pipe) -> Iterator[None]:
+    """At the end, as at the end of a pipeline's own call: models that enable_model_cpu_offload fetched go back."""
+    try:
+        yield
+    finally:
+        pipe.maybe_free_model_hooks()
 
 
 def progress_bar(total: int, show: bool):
