@@ -18,7 +18,6 @@ from diffusers.hooks import group_offloading
 
 from stitchvm_ext import TweedieValue, backbone_of, fuse, guided_sample
 from stitchvm_ext.offload import is_offloaded, is_split
-from stitchvm_ext.value.stitched import StitchedValue
 from tests import tiny
 
 PROMPTS = ["a small red circle", "two blue squares"]
