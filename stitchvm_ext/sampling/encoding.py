@@ -63,9 +63,8 @@ def as_condition(backbone: DiffusionBackbone, condition: Condition, latent_size:
             if encoding is not None:
                 backbone.call_inputs(latents, latents.new_ones(1), encoding)
         except KeyError as missing:
-            raise ValueError(
-                f"condition: expected {missing} in {name}, which {type(backbone).__name__} reads, got {sorted(encoding)}"
-            ) from None
+            reader, got = type(backbone).__name__, sorted(encoding)
+            raise ValueError(f"condition: expected {missing} in {name}, which {reader} reads, got {got}") from None
     return condition
 
 

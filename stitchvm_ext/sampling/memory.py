@@ -205,7 +205,7 @@ def _recomputed_activations(value: ValueEstimator | None, report: MemoryReport) 
 @contextmanager
 def tiled_decode(vae: nn.Module, latents: Tensor, report: MemoryReport) -> Iterator[None]:
     """Around one decoding of ``latents``: a sample and a tile at a time, where the autoencoder can."""
-    settings = {name: entry for name, entry in vae.__dict__.items() if isinstance(entry, bool | int | float)}
+    settings = {name: entry for name, entry in vae.__dict__.items() if name.startswith(("use_", "tile_"))}
     try:
         if hasattr(vae, "use_slicing"):
             vae.enable_slicing()
