@@ -161,14 +161,15 @@ def test_the_images_are_the_same_and_all_is_restored(pipe, value, reward, seeds,
 @pytest.mark.parametrize("name", [name for name in PIPELINES if name != "sd3"])
 def test_other_families(name, seeds):
     pipe = PIPELINES[name]()
-    before = state(pipe, None)
     options = {**OPTIONS, "num_inference_steps": 2, "guidance_scale": 3.0}
-    runs = [
-        guided_sample(pipe, None, PROMPTS, generator=seeds(0, 1), memory=level, **options)
-        for level in ("normal", "low")
-    ]
+    options |= {"height": 64, "width": 64} if name == "wan" else {}
+    runs = [guided_sample(pipe, None, PROMPTS, generator=seeds(0, 1), **options)]
+    before = state(pipe, None)  # transformers' text encoders keep hooks of their own once they have run
+    runs.append(guided_sample(pipe, None, PROMPTS, generator=seeds(0, 1), memory="low", **options))
     assert state(pipe, None) == before
-    torch.testing.assert_close(runs[1].images, runs[0].images, **ROUNDING)
+    torch.testing.assert_close(runs[1].latents, runs[0].latents, **ROUNDING)
+    if not name.startswith(("hunyuan-dit", "hunyuan-video")):  # images of several tiles
+        torch.testing.assert_close(runs[1].images, runs[0].images, **ROUNDING)
     assert saving(runs[1], "text encoders").bytes > 0 and saving(runs[1], "modulation").bytes == 0
     assert "not known for" in saving(runs[1], "modulation").note
 
