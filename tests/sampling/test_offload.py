@@ -16,7 +16,14 @@ import pytest
 import torch
 from diffusers.hooks import group_offloading
 
-from stitchvm_ext import TweedieValue, backbone_of, fuse, guided_sample
+from stitchvm_ext import (
+    TweedieValue,
+    apply_value_guidance,
+    backbone_of,
+    fuse,
+    guided_sample,
+    remove_value_guidance,
+)
 from stitchvm_ext.offload import is_offloaded, is_split
 from tests import tiny
 
@@ -140,3 +147,21 @@ def test_results_are_those_of_the_plain_run(pipe, stitched, reward, away, scheme
         pipe.remove_all_hooks()
         away.bring([*pipe.transformer.parameters(), *pipe.transformer.buffers()])
         assert all(torch.equal(p, weights[name]) for name, p in pipe.transformer.state_dict().items())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_transformer_hook_too(pipe, stitched, away, scheme):
+    def run():
+        object.__setattr__(stitched, "backbone", backbone_of(pipe))
+        apply_value_guidance(pipe.transformer, stitched, PROMPTS[0], guidance_scale=3.0, strength=0.3)
+        try:
+            return pipe(
+                PROMPTS[0], num_inference_steps=3, guidance_scale=3.0, generator=torch.Generator().manual_seed(0),
+                output_type="pt", max_sequence_length=0,
+            ).images  # fmt: skip
+        finally:
+            remove_value_guidance(pipe.transformer)
+
+    expected = run()
+    offload(pipe, scheme)
+    torch.testing.assert_close(run(), expected, rtol=0, atol=2e-4)
