@@ -28,6 +28,7 @@ _HOME = {
     "backbone_of": "backbones",
     "cache_rollouts": "value",
     "distil_reward": "rewards",
+    "encode_prompts": "sampling",
     "evaluate_noise_levels": "evaluation",
     "finetune": "value",
     "fuse": "fused.fuse",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..fused.function import Want, is_compiled
 from ..fused.fused_forward import FusedForward, fused_blocks
 from ..measure import count
+from ..offload import kept_for_backward, offload_device, partial_pass
 from . import latents as autoencoder
 from .condition import Condition, Encoding, stack_rows
 from .process import ForwardProcess, RectifiedFlow
@@ -166,7 +167,8 @@ class DiffusionBackbone:
     def decode_latents(self, vae, latents: Tensor) -> Tensor:
         """D(z_0): float32 images [B, 3, H, W], of video models frames [B, 3, F, H, W]; differentiable, not clamped."""
         count("decoder", len(latents))
-        images = autoencoder.decode_latents(vae, latents)
+        with kept_for_backward(vae):
+            images = autoencoder.decode_latents(vae, latents)
         return images if self.is_video or images.ndim == 4 else images.squeeze(2)
 
     # -- written once --------------------------------------------------------------------------------------------------
@@ -177,7 +179,8 @@ class DiffusionBackbone:
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        """Where the denoiser is computed; its weights may be elsewhere meanwhile."""
+        return offload_device(self.denoiser) or next(self.denoiser.parameters()).device
 
     def null_condition(self, pipe, **options) -> Encoding:
         """One row: the empty prompt through the pipeline's text encoders (METHOD.md §2), as its unconditional branch
@@ -281,7 +284,9 @@ class DiffusionBackbone:
         deepest, found = self._deepest(depths), {}
         count("prefix", len(latents))
         blocks = fused_blocks(*self._prefix(deepest, None if whole else rows, memory, prune=not whole))
-        with frozen(self.denoiser), self._taps(set(depths) - {deepest}, latents, found), blocks:
+        offloading = partial_pass(self.denoiser, self.blocks[:deepest])
+        taps = self._taps(set(depths) - {deepest}, latents, found)
+        with frozen(self.denoiser), taps, blocks, offloading, kept_for_backward(self.denoiser, alone=True):
             found[deepest] = self.run_prefix(latents, sigma, encoding, deepest)
         return found
 
@@ -325,7 +330,8 @@ class DiffusionBackbone:
     def velocity(self, latents: Tensor, sigma: float | Tensor, encoding: Encoding) -> Tensor:
         """u_t(z_t), an estimate of ``E[eps - z_0 | z_t]`` (METHOD.md §1), like ``latents``."""
         sigma = self.check_latents(latents, sigma)
-        output = self.denoiser(**self.call_inputs(latents, sigma, encoding), return_dict=False)[0]
+        with kept_for_backward(self.denoiser):
+            output = self.denoiser(**self.call_inputs(latents, sigma, encoding), return_dict=False)[0]
         return self.process.velocity(self.unpack(output, latents), latents, sigma)
 
     def branches(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> tuple[Tensor, Tensor | None]:
@@ -397,7 +403,14 @@ class DiffusionBackbone:
         taps = self._taps(set(depths) - {deepest}, latents, found)
         prefix = fused_blocks(*self._prefix(deepest, rows, memory, prune=False))
         try:
-            with frozen(self.denoiser), torch.inference_mode(False), torch.enable_grad(), taps, prefix:
+            with (
+                frozen(self.denoiser),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                taps,
+                prefix,
+                kept_for_backward(self.denoiser, alone=True),
+            ):
                 output = self.denoiser(**self.call_inputs(leaf, sigma, encoding), return_dict=False)[0]
         finally:
             handle.remove()
@@ -429,11 +442,16 @@ def shift_for_tokens(config: dict[str, Any], grid: tuple[int, int], max_shift: f
 @contextmanager
 def frozen(module: nn.Module):
     """No parameter of ``module`` requires a gradient inside the block; restored afterwards."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    for p in trainable:
-        p.requires_grad_(False)
+    # By name: offloading puts other parameter objects in their place.
+    trainable = [(m, name) for m in module.modules() for name, p in m._parameters.items() if _is_trainable(p)]
+    for owner, name in trainable:
+        owner._parameters[name].requires_grad_(False)
     try:
         yield
     finally:
-        for p in trainable:
-            p.requires_grad_(True)
+        for owner, name in trainable:
+            owner._parameters[name].requires_grad_(True)
+
+
+def _is_trainable(parameter: nn.Parameter | None) -> bool:
+    return parameter is not None and parameter.requires_grad

@@ -6,10 +6,12 @@ package does not import diffusers.
 
 from .best_of_n import BestOfN, sample_best_of_n
 from .dps import sample_dps
+from .encoding import encode_prompts
 from .fk import FK, sample_fk
 from .guidance import MODES, SCHEDULES, Guidance
 from .guided_sample import GuidedSampleOutput, guided_sample
 from .hook import ValueGuide, apply_value_guidance, remove_value_guidance
+from .memory import MemorySaving
 from .methods import METHODS
 from .schedule import pipeline_sigmas
 from .search import Search, sample_search
@@ -26,10 +28,12 @@ __all__ = [
     "BestOfN",
     "Guidance",
     "GuidedSampleOutput",
+    "MemorySaving",
     "Search",
     "Transition",
     "ValueGuide",
     "apply_value_guidance",
+    "encode_prompts",
     "get_transition",
     "guided_sample",
     "pipeline_sigmas",
