@@ -136,14 +136,14 @@ def guided_sample(
     prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
     negatives = [p for p in negatives for _ in range(num_images_per_prompt)]
     shape = _latent_shape(pipe, backbone, len(prompts), height, width, num_frames, latents)
-    _check_value(value, pipe, backbone, shape)
+    check_value(value, pipe, backbone, shape)
     if value is not None:
         warn_if_few_step(pipe, backbone.denoiser)
     if is_guided(backbone.denoiser):
         raise ValueError(
             "pipe: its denoiser is guided by apply_value_guidance; call remove_value_guidance(transformer) first"
         )
-    text_options = _text_options(backbone, value, max_sequence_length)
+    text_options = resolve_text_options(backbone, value, max_sequence_length)
     cfg_scale, text_options = split_guidance(backbone, guidance_scale, true_cfg_scale, text_options)
     batch_size = batch_size or len(prompts)
     chunks = [slice(first, first + batch_size) for first in range(0, len(prompts), batch_size)]
@@ -339,7 +339,8 @@ def _latent_shape(pipe, backbone: DiffusionBackbone, count: int, height, width, 
     return shape
 
 
-def _check_value(value, pipe, backbone: DiffusionBackbone, shape: tuple[int, ...]) -> None:
+def check_value(value, pipe, backbone: DiffusionBackbone, shape: tuple[int, ...]) -> None:
+    """Raises TypeError or ValueError unless this is None or an estimator that reads latents of this shape."""
     if value is None:
         return
     if not isinstance(value, ValueEstimator):
@@ -357,7 +358,10 @@ def _check_value(value, pipe, backbone: DiffusionBackbone, shape: tuple[int, ...
         value.check_latent_size(shape[-2:])
 
 
-def _text_options(backbone: DiffusionBackbone, value, max_sequence_length) -> dict:
+def resolve_text_options(backbone: DiffusionBackbone, value, max_sequence_length) -> dict:
+    """Options of the text encoding: those of the value's null text, where it is on this backbone, unless a length is
+    given. Raises ValueError or TypeError for a length that the backbone does not take.
+    """
     if max_sequence_length is None:
         own = value is not None and value.backbone.denoiser is backbone.denoiser
         return dict(getattr(value, "text_options", {}) if own else {})

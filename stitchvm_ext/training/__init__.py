@@ -1,0 +1,8 @@
+"""Training-time alignment: a LoRA of the generator that raises a value, stitched or clean."""
+
+from .config import TrainingConfig
+from .prompts import PromptDataset
+from .rewards import CleanReward
+from .trainer import Trainer
+
+__all__ = ["CleanReward", "PromptDataset", "Trainer", "TrainingConfig"]
