@@ -31,3 +31,11 @@ def warn_if_drifted(iteration: int, drift: float) -> None:
             "learning rate or a higher kl_weight keeps it nearer to the model",
             stacklevel=2,
         )
+
+
+def warn_constant(iteration: int) -> None:
+    warnings.warn(
+        f"training: all rewards of every group are equal at iteration {iteration}, which is skipped; is the reward "
+        "saturated, or does it not see these images?",
+        stacklevel=2,
+    )
