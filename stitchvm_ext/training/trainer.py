@@ -297,7 +297,7 @@ class Trainer(ABC):
         if self.state.is_main_process:
             state = {
                 "run": self.run,
-                "adapters": {name: self._adapter_state(name) for name in self.adapters},
+                "adapters": {name: self.adapter_state(name) for name in self.adapters},
                 "optimizer": self.optimizer.state_dict(),
                 "ema": self.ema.state_dict(),
                 "position": self.position,
@@ -315,7 +315,8 @@ class Trainer(ABC):
         if error and self.state.is_main_process:
             warnings.warn(f"{error}; training goes on", stacklevel=2)
 
-    def _adapter_state(self, name: str) -> dict[str, Tensor]:
+    def adapter_state(self, name: str) -> dict[str, Tensor]:
+        """An adapter's weights by name."""
         return {key: parameter.detach() for key, parameter in adapter_parameters(self.policy.denoiser, name).items()}
 
     def export(self, folder: str | Path) -> None:

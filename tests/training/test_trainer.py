@@ -13,8 +13,8 @@ import torch
 from stitchvm_ext.training import CleanReward, Trainer, TrainingConfig
 from stitchvm_ext.training import checkpoint as checkpoints
 from tests import tiny
+from tests.training.build import PROMPTS, comparable, weights
 
-PROMPTS = ["a red circle", "two blue squares", "a ring", "a small green ring", "three red rings"]
 CONFIG = TrainingConfig(
     iterations=4, learning_rate=1e-2, lora_rank=4, lora_alpha=8, num_inference_steps=4, max_sequence_length=0,
     rollout_batch_size=3, train_batch_size=2, eval_every=2, eval_steps=2, save_every=1,
@@ -45,21 +45,10 @@ def make(folder, reward, config=CONFIG, trainer=Imitation, **changes):
     return trainer(pipe, config=config, **(arguments | changes))
 
 
-def weights(trainer):
-    return {
-        f"{name}.{key}": tensor.clone() for name in trainer.adapters
-        for key, tensor in trainer._adapter_state(name).items()
-    } | {f"ema.{k}": tensor.clone() for k, tensor in enumerate(trainer.ema.shadow_params)}  # fmt: skip
-
-
 def assert_equal(found, expected):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-
-
-def comparable(rows):
-    return [{name: number for name, number in row.items() if name != "seconds"} for row in rows]
 
 
 def test_a_run_leaves_logs_pictures_and_a_lora_that_a_stock_pipeline_loads(reward, tmp_path):
