@@ -60,6 +60,16 @@ def scores_by_term(
     return weighted(raw), {f"{k}_{weighted.names[k]}": scores for k, scores in enumerate(raw)}
 
 
+def rewards_in(value) -> list[RewardModel]:
+    """The rewards whose text side an estimator, a sum or a reward reads."""
+    if isinstance(value, RewardModel):
+        return [value]
+    parts = getattr(value, "values", None) or getattr(value, "rewards", None)
+    if parts is None:
+        parts = [part for part in (getattr(value, name, None) for name in ("suffix", "reward")) if part is not None]
+    return [reward for part in parts for reward in rewards_in(part)]
+
+
 def on_backbone(value: ValueEstimator, old: DiffusionBackbone, new: DiffusionBackbone) -> ValueEstimator:
     """The same estimator on a view of the denoiser that it was made for; one on another denoiser as it is."""
     if value.backbone.denoiser is not old.denoiser:

@@ -34,7 +34,7 @@ from .health import check_finite, check_gradients, warn_if_drifted
 from .logs import RunLog, plot_curves, read_metrics, save_grid
 from .lora import MergedView, adapter_parameters, add_adapters, base_view, drift, export_weights
 from .prompts import PromptDataset
-from .rewards import on_backbone
+from .rewards import on_backbone, rewards_in
 from .rollout import roll_out
 
 GRID = 16  # pictures of an evaluation that are kept
@@ -113,6 +113,7 @@ class Trainer(ABC):
         self._merged = MergedView(denoiser)
         self._merged_backbone = self.policy.on(self._merged.denoiser)
         self.value = on_backbone(value, self.policy, self.base)
+        self._rewards = [r for source in (value, *self.held_out.values()) for r in rewards_in(source)]
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -193,6 +194,9 @@ class Trainer(ABC):
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Conditional and, for guidance, null-text encodings, one row per prompt."""
+        for text in dict.fromkeys(prompts):  # rewards keep them: in a batch they would depend on what was kept before
+            for reward in self._rewards:
+                reward.encode_condition([text])
         scale, options = split_guidance(self.policy, self.config.guidance_scale, 1.0, self.text_options)
         return encode_condition(self.pipe, self.policy, list(prompts), [""] * len(prompts), scale, options)
 
