@@ -7,6 +7,7 @@ shared prefix) is written once, here.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -187,6 +188,12 @@ class DiffusionBackbone:
         reads it.
         """
         return self.encode_negative(pipe, [""], **options)
+
+    def on(self, denoiser: nn.Module) -> DiffusionBackbone:
+        """The same adapter on another denoiser of the same architecture: a view of this one, for example."""
+        other = copy.copy(self)
+        other.denoiser, other.blocks, other._shells = denoiser, blocks_of(denoiser), {}
+        return other
 
     def check_depth(self, depth: int) -> None:
         if not 1 <= depth <= self.depth:

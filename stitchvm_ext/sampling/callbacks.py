@@ -20,11 +20,10 @@ from ..rewards.base import RewardModel
 from ..rewards.sum import RewardSum
 from ..value import ValueEstimator
 from ..value.base import score_images
-from .checks import Window, as_prompts, check_count, steps_of
+from .checks import Window, as_prompts, check_count, check_value, steps_of
 from .encoding import as_negative_prompts, encode_condition, split_guidance, text_options_of
 from .fk import FK
 from .guidance import Guidance, check_finite
-from .guided_sample import _check_value
 from .hook import is_guided
 from .noise import Noise, per_sample_generators
 from .particles import ParticleWeights
@@ -86,7 +85,7 @@ class _ValueCallback(PipelineCallback):
         self.backbone = backbone
         self._latent_size = self._size_of(pipeline, packed)
         latents = self._unpack(packed)
-        _check_value(self.value, pipeline, backbone, latents.shape)
+        check_value(self.value, pipeline, backbone, latents.shape)
         warn_if_few_step(pipeline, backbone.denoiser)
         if len(latents) % len(self.prompts):
             raise ValueError(f"prompts: expected {len(self.prompts)} samples or a multiple of it, got {len(latents)}")

@@ -14,13 +14,11 @@ from torch import Tensor
 from ..backbones import Condition, DiffusionBackbone, backbone_of
 from ..backbones.base import frozen
 from ..backbones.distilled import warn_if_few_step
-from ..backbones.identity import check_latent_space, latent_space
 from ..measure import Evaluations, Stopwatch, count_evaluations
 from ..rewards.base import RewardModel
 from ..rewards.sum import RewardSum
-from ..value import StitchedValue
 from ..value.base import ValueEstimator, score_images
-from .checks import as_prompts, check_count, check_guidance_scale
+from .checks import as_prompts, check_count, check_guidance_scale, check_value
 from .denoiser import Denoiser
 from .encoding import as_condition, as_negative_prompts, encode_condition, split_guidance, text_options_of
 from .hook import is_guided
@@ -178,7 +176,7 @@ def guided_sample(
     of_sample = [p for p in range(len(prompts)) for _ in range(num_images_per_prompt)]
     particles = getattr(settings, "num_particles", 1)
     shape = _latent_shape(pipe, backbone, len(of_sample) * particles, height, width, num_frames, latents)
-    _check_value(value, pipe, backbone, shape)
+    check_value(value, pipe, backbone, shape)
     _check_scorers(method, value, reward)
     if value is not None:
         warn_if_few_step(pipe, backbone.denoiser)
@@ -344,24 +342,6 @@ def _latent_shape(pipe, backbone: DiffusionBackbone, count: int, height, width, 
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents: expected shape {list(shape)}, got {list(latents.shape)}")
     return shape
-
-
-def _check_value(value, pipe, backbone: DiffusionBackbone, shape: tuple[int, ...]) -> None:
-    if value is None:
-        return
-    if not isinstance(value, ValueEstimator):
-        raise TypeError(f"value: expected a ValueEstimator or None, got {type(value).__name__}")
-    if value.backbone.denoiser is not backbone.denoiser:
-        if not isinstance(value, StitchedValue):
-            raise ValueError(
-                "value: expected a StitchedValue, or an estimator on this pipeline's own denoiser, got "
-                f"{type(value).__name__} on another {type(value.backbone.denoiser).__name__}"
-            )
-        if value.prompt_conditioned:
-            raise ValueError("value: a prompt-conditioned value reads the text encoding of its own pipeline only")
-        check_latent_space(value.latent_space, latent_space(backbone, pipe))
-    if hasattr(value, "check_latent_size"):
-        value.check_latent_size(shape[-2:])
 
 
 def _check_scorers(method: str, value, reward) -> None:
