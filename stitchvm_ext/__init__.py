@@ -18,6 +18,7 @@ _HOME = {
     "MonteCarloValue": "value",
     "OpenClipReward": "rewards",
     "RewardSum": "rewards",
+    "ScheduledValue": "value",
     "StitchedValue": "value",
     "TweedieValue": "value",
     "ValueEstimator": "value",
