@@ -24,7 +24,6 @@ _HOME = {
     "apply_value_guidance": "sampling",
     "backbone_of": "backbones",
     "cache_rollouts": "value",
-    "compare": "evaluation",
     "distil_reward": "rewards",
     "evaluate_noise_levels": "evaluation",
     "finetune": "value",

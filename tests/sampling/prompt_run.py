@@ -4,8 +4,8 @@
 
 Appends the indices of every batch that is drawn to OUT.log, a line each. ``--stop-after`` kills every process when it
 has drawn so many batches. With ``--kill-seed`` the run is started and killed, by SIGKILL, again and again: before and
-after it renames a file, within a row, and at moments drawn from that seed; what each kill left is a line of the log, and
-the rest is left to another call.
+after it renames a file, within a row, and at moments drawn from that seed; what each kill left is a line of the log,
+and the rest is left to another call.
 """
 
 from __future__ import annotations
