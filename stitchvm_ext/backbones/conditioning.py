@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fused.modulation import RowLookup, TableLinear
+from ..offload import is_offloaded
 from .base import DiffusionBackbone
 from .truncate import blocks_of
 
@@ -33,7 +34,8 @@ def precompute_conditioning(pipe, sigmas, pooled_prompt_embeds: Tensor, *, relea
 
     Raises:
         TypeError: a backbone whose AdaLN layers are not known.
-        ValueError: no noise level, or pooled embeddings of another shape; or a table is installed already.
+        ValueError: no noise level, or pooled embeddings of another shape; a table is installed already; or the
+            transformer's weights are offloaded, and need no table to leave the device.
     """
     from . import backbone_of  # the registry imports the adapters, and they this package
 
@@ -41,6 +43,8 @@ def precompute_conditioning(pipe, sigmas, pooled_prompt_embeds: Tensor, *, relea
     transformer = backbone.denoiser
     if type(transformer).__name__ != "SD3Transformer2DModel":
         raise TypeError(f"pipe: expected a transformer of the SD3 family, got {type(transformer).__name__}")
+    if is_offloaded(transformer):
+        raise ValueError("pipe: expected a transformer that stays on its device, got one whose own hooks offload it")
     sigmas = torch.as_tensor(sigmas, dtype=torch.float32, device=backbone.device).flatten()
     sigmas = sigmas[sigmas > 0]
     if not len(sigmas) or bool((sigmas > 1).any()):
@@ -65,7 +69,7 @@ class ConditioningTable:
         steps, texts = len(timesteps), len(pooled)
         temb = self.embedder(timesteps.repeat_interleave(texts), pooled.repeat(steps, 1))
         self.lookup = RowLookup(timesteps, pooled, temb.shape[-1])
-        self.norms = _adaln_layers(transformer)
+        self.norms = adaln_layers(transformer)
         self.linears = [norm.linear for norm in self.norms]
         self.tables = [TableLinear(norm.linear(norm.silu(temb)), self.lookup) for norm in self.norms]
         self.install()
@@ -108,7 +112,7 @@ class ConditioningTable:
         self.remove()
 
 
-def _adaln_layers(transformer: nn.Module) -> list[nn.Module]:
+def adaln_layers(transformer: nn.Module) -> list[nn.Module]:
     """Modules with ``linear`` and ``silu`` whose input is the timestep and pooled text embedding alone."""
     norms = [norm for block in blocks_of(transformer) for norm in (block.norm1, block.norm1_context)]
     return [*norms, transformer.norm_out]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..fused.function import is_compiled
 from ..fused.step_graph import StepGraph
+from ..offload import skipped
 
 
 class Replayed:
@@ -52,7 +53,8 @@ def replayed(blocks: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[No
     try:
         for block, output in zip(blocks, outputs, strict=True):
             block.forward = Replayed(output)
-        yield
+        with skipped(blocks):
+            yield
     finally:
         for block, old in zip(blocks, before, strict=True):
             del block.forward

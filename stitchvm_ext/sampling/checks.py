@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from ..backbones import DiffusionBackbone
+from ..backbones.identity import check_latent_space, latent_space
+from ..value import StitchedValue
+from ..value.base import ValueEstimator
+
 
 def as_prompts(name: str, prompt) -> list[str]:
     """A non-empty list of texts from a text or a list of texts."""
@@ -28,6 +33,25 @@ def check_guidance_scale(scale) -> None:
         raise TypeError(f"guidance_scale: expected a number, got {type(scale).__name__}")
     if not 0 <= scale < float("inf"):
         raise ValueError(f"guidance_scale: expected a finite number >= 0, got {scale}")
+
+
+def check_value(value, pipe, backbone: DiffusionBackbone, shape: tuple[int, ...]) -> None:
+    """Raises TypeError or ValueError unless this is None or an estimator that reads latents of this shape."""
+    if value is None:
+        return
+    if not isinstance(value, ValueEstimator):
+        raise TypeError(f"value: expected a ValueEstimator or None, got {type(value).__name__}")
+    if value.backbone.denoiser is not backbone.denoiser:
+        if not isinstance(value, StitchedValue):
+            raise ValueError(
+                "value: expected a StitchedValue, or an estimator on this pipeline's own denoiser, got "
+                f"{type(value).__name__} on another {type(value.backbone.denoiser).__name__}"
+            )
+        if value.prompt_conditioned:
+            raise ValueError("value: a prompt-conditioned value reads the text encoding of its own pipeline only")
+        check_latent_space(value.latent_space, latent_space(backbone, pipe))
+    if hasattr(value, "check_latent_size"):
+        value.check_latent_size(shape[-2:])
 
 
 Window = tuple[int | float, int | float | None]

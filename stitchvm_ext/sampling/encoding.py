@@ -1,11 +1,71 @@
-"""From prompts to what the denoiser reads."""
+"""From prompts, or encodings of them, to what the denoiser reads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from ..backbones import Condition, DiffusionBackbone, Encoding, stack_rows
-from .checks import as_prompts
+import torch
+
+from ..backbones import Condition, DiffusionBackbone, Encoding, backbone_of, stack_rows
+from ..value.base import ValueEstimator
+from .checks import as_prompts, check_guidance_scale
+
+
+def encode_prompts(
+    pipe,
+    prompt: str | list[str],
+    negative_prompt: str | list[str] = "",
+    *,
+    value: ValueEstimator | None = None,
+    guidance_scale: float = 7.0,
+    true_cfg_scale: float = 1.0,
+    max_sequence_length: int | None = None,
+) -> Condition:
+    """Encode prompts ahead, for ``guided_sample(pipe, value, condition=...)``, which then asks no text encoder: the
+    pipeline's may be gone (``pipe.text_encoder = None``).
+
+    Args:
+        pipe: a diffusers pipeline with its text encoders.
+        prompt: one text or a list.
+        negative_prompt: one text for all or one per prompt.
+        value: the estimator that will be used: the texts then are as long as its null text, which it can share.
+        guidance_scale, true_cfg_scale, max_sequence_length: as for :func:`guided_sample`. They are the condition's own.
+
+    Returns:
+        A condition of one row per prompt, on the pipeline's device.
+
+    Raises:
+        TypeError, ValueError: bad input, before any work.
+    """
+    backbone, prompts = backbone_of(pipe), as_prompts("prompt", prompt)
+    negatives = as_negative_prompts(negative_prompt, len(prompts))
+    check_guidance_scale(guidance_scale)
+    check_guidance_scale(true_cfg_scale)
+    options = text_options_of(backbone, value, max_sequence_length)
+    scale, options = split_guidance(backbone, guidance_scale, true_cfg_scale, options)
+    return encode_condition(pipe, backbone, prompts, negatives, scale, options)
+
+
+def as_condition(backbone: DiffusionBackbone, condition: Condition, latent_size: tuple[int, ...]) -> Condition:
+    """A caller's condition as the backbone's: on its device, with its rule for the guided velocity.
+
+    Args:
+        latent_size: of one latent, [C, H, W] (video: [C, T, H, W]).
+    """
+    if not len(condition):
+        raise ValueError("condition: expected at least one row, got none")
+    latents = torch.zeros(1, *latent_size, device=backbone.device)
+    condition = replace(condition.to(backbone.device), rescale=condition.rescale or backbone.rescale_guidance)
+    first = condition.rows([0])
+    for name, encoding in (("cond", first.cond), ("uncond", first.uncond)):
+        try:
+            if encoding is not None:
+                backbone.call_inputs(latents, latents.new_ones(1), encoding)
+        except KeyError as missing:
+            reader, got = type(backbone).__name__, sorted(encoding)
+            raise ValueError(f"condition: expected {missing} in {name}, which {reader} reads, got {got}") from None
+    return condition
 
 
 def split_guidance(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,16 +14,15 @@ from torch import Tensor
 from ..backbones import Condition, DiffusionBackbone, backbone_of
 from ..backbones.base import frozen
 from ..backbones.distilled import warn_if_few_step
-from ..backbones.identity import check_latent_space, latent_space
 from ..measure import Evaluations, Stopwatch, count_evaluations
 from ..rewards.base import RewardModel
 from ..rewards.sum import RewardSum
-from ..value import StitchedValue
 from ..value.base import ValueEstimator, score_images
-from .checks import as_prompts, check_count, check_guidance_scale
+from .checks import as_prompts, check_count, check_guidance_scale, check_value
 from .denoiser import Denoiser
-from .encoding import as_negative_prompts, encode_condition, split_guidance, text_options_of
+from .encoding import as_condition, as_negative_prompts, encode_condition, split_guidance, text_options_of
 from .hook import is_guided
+from .memory import LEVELS, MemoryReport, MemorySaving, low_memory, tiled_decode
 from .methods import get_method, make_options
 from .noise import Noise, per_sample_generators
 from .schedule import pipeline_sigmas
@@ -48,6 +50,7 @@ class GuidedSampleOutput:
             proposal per particle; NaN elsewhere.
         timings: wall-clock seconds by phase ("encode", "sample", "decode") and in all ("total").
         evaluations: how often the denoiser, a prefix by itself, the value and the decoder ran.
+        memory_report: what the measures of ``memory="low"`` spared, each with a note; empty otherwise.
     """
 
     images: Any
@@ -60,6 +63,7 @@ class GuidedSampleOutput:
     log_evidence: Tensor
     timings: dict[str, float]
     evaluations: Evaluations
+    memory_report: list[MemorySaving] = field(default_factory=list)
 
     @property
     def seconds_per_image(self) -> float:
@@ -74,8 +78,9 @@ class GuidedSampleOutput:
 def guided_sample(
     pipe,
     value: ValueEstimator | None,
-    prompt: str | list[str],
+    prompt: str | list[str] | None = None,
     *,
+    condition: Condition | None = None,
     method: str = "dps",
     reward: RewardModel | RewardSum | None = None,
     negative_prompt: str | list[str] = "",
@@ -91,6 +96,7 @@ def guided_sample(
     latents: Tensor | None = None,
     batch_size: int | None = None,
     max_sequence_length: int | None = None,
+    memory: str = "normal",
     output_type: str = "pil",
     progress: bool = True,
     **options,
@@ -114,6 +120,9 @@ def guided_sample(
         value: any estimator on this pipeline's denoiser; None samples without one. A stitched value may also be one on
             another backbone with the same latent space (SD 3.5 Medium's for Large), which runs beside it.
         prompt: P texts; B = P * num_images_per_prompt samples, those of one prompt next to each other.
+        condition: in place of prompts, their encodings: of :func:`encode_prompts`, or a
+            :class:`~stitchvm_ext.backbones.Condition` of prompt embeddings. It brings its own prompts, negative prompts
+            and guidance scale, which are not given beside it, and the pipeline needs no text encoder.
         reward: scores the finished images: the exact last weight of "fk", the choice of "best_of_n". Without one the
             value is asked at noise level 0; a Tweedie or Monte-Carlo value is the reward there.
         negative_prompt: one text for all or one per prompt. With "" (the null text) a stitched value shares its
@@ -132,6 +141,11 @@ def guided_sample(
         batch_size: latents that are denoised, valued or decoded together; all by default.
         max_sequence_length: rows of the text encoding. By default what the value's null text was encoded with, else the
             backbone's default.
+        memory: "low" moves the text encoders to the host once they have run, reads the modulation of SD 3 from a table
+            and moves its weights away, computes some activations for the gradient twice, and decodes a sample and a
+            tile at a time. Where a measure does not apply it is left out; ``memory_report`` says so, and what the
+            others spared. All is as before afterwards. Images differ by rounding, and where a tile is smaller than
+            the image, a little at its edges. "normal" does none of it.
         output_type: "pil", "pt", "np" or "latent".
         progress: show a bar.
         options: of the method: for "dps" ``strength``, ``mode``, ``schedule``, ``window``, ``every``, ``between``.
@@ -143,8 +157,12 @@ def guided_sample(
     chosen, settings = get_method(method), make_options(method, options)
     step = get_transition(chosen.transition if transition is None else transition)
     backbone = backbone_of(pipe)
-    prompts = as_prompts("prompt", prompt)
-    negatives = as_negative_prompts(negative_prompt, len(prompts))
+    if condition is None:
+        prompts = as_prompts("prompt", prompt)
+        negatives = as_negative_prompts(negative_prompt, len(prompts))
+    else:
+        _check_alone(condition, prompt, negative_prompt, guidance_scale, true_cfg_scale, max_sequence_length)
+        prompts = list(condition.prompts)
     check_count("num_inference_steps", num_inference_steps)
     check_count("num_images_per_prompt", num_images_per_prompt)
     if batch_size is not None:
@@ -153,11 +171,12 @@ def guided_sample(
     check_guidance_scale(true_cfg_scale)
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type: expected one of {list(OUTPUT_TYPES)}, got {output_type!r}")
-    prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
-    negatives = [p for p in negatives for _ in range(num_images_per_prompt)]
+    if memory not in LEVELS:
+        raise ValueError(f"memory: expected one of {list(LEVELS)}, got {memory!r}")
+    of_sample = [p for p in range(len(prompts)) for _ in range(num_images_per_prompt)]
     particles = getattr(settings, "num_particles", 1)
-    shape = _latent_shape(pipe, backbone, len(prompts) * particles, height, width, num_frames, latents)
-    _check_value(value, pipe, backbone, shape)
+    shape = _latent_shape(pipe, backbone, len(of_sample) * particles, height, width, num_frames, latents)
+    check_value(value, pipe, backbone, shape)
     _check_scorers(method, value, reward)
     if value is not None:
         warn_if_few_step(pipe, backbone.denoiser)
@@ -165,22 +184,31 @@ def guided_sample(
         raise ValueError(
             "pipe: its denoiser is guided by apply_value_guidance; call remove_value_guidance(transformer) first"
         )
-    text_options = text_options_of(backbone, value, max_sequence_length)
-    cfg_scale, text_options = split_guidance(backbone, guidance_scale, true_cfg_scale, text_options)
+    if condition is None:
+        text_options = text_options_of(backbone, value, max_sequence_length)
+        cfg_scale, text_options = split_guidance(backbone, guidance_scale, true_cfg_scale, text_options)
+    else:
+        condition = as_condition(backbone, condition, shape[1:])
     sigmas = pipeline_sigmas(pipe, backbone, num_inference_steps, shape[-2:])
     if latents is not None:
         latents = backbone.process.flow_latents(latents.to(backbone.device, torch.float32), sigmas[:1])
+
+    report = MemoryReport(backbone.device)
+
+    def to_images(latents: Tensor) -> Tensor:
+        with tiled_decode(pipe.vae, latents, report) if memory == "low" else nullcontext():
+            return backbone.decode_latents(pipe.vae, latents).clamp(0, 1)
 
     with progress_bar(num_inference_steps, progress) as bar:
         task = SamplingTask(
             denoiser=Denoiser(backbone, value, batch_size),
             sigmas=sigmas,
-            condition=Condition(tuple(prompts), {}),  # encoded below, after the checks
+            condition=Condition(tuple(prompts[p] for p in of_sample), {}),  # encoded below, after the checks
             transition=step,
-            noise=Noise(per_sample_generators(generator, len(prompts)), backbone.device),
+            noise=Noise(per_sample_generators(generator, len(of_sample)), backbone.device),
             shape=shape[1:],
             latents=latents,
-            reward=None if reward is None else _scorer(pipe, backbone, reward, batch_size),
+            reward=None if reward is None else _scorer(to_images, reward, batch_size),
             on_step=bar.update,
         )
         if value is not None:
@@ -190,21 +218,26 @@ def guided_sample(
             torch.inference_mode(False),  # a caller's inference mode would leave no way to a gradient
             frozen(backbone.denoiser),
             frozen(pipe.vae),
+            _model_hooks_freed(pipe),
             backbone.fused(),
             count_evaluations(backbone) as evaluations,
             clock("total"),
         ):
             with clock("encode"):
-                condition = encode_condition(pipe, backbone, prompts, negatives, cfg_scale, text_options)
-                task = replace(task, condition=condition)
-            with clock("sample"):
-                result = chosen.sample(task, settings)
-                if reward is not None and result.rewards.isnan().all():
-                    result.rewards = task.rewards(result.latents, condition).cpu()[:, None]
-            with clock("decode"):
-                images = result.latents
-                if output_type != "latent":
-                    images = decode(pipe, backbone, result.latents, batch_size, output_type)
+                if condition is None:
+                    condition = encode_condition(pipe, backbone, prompts, negatives, cfg_scale, text_options)
+                task = replace(task, condition=condition.rows(of_sample))
+            with (
+                low_memory(pipe, backbone, value, sigmas, task.condition, report) if memory == "low" else nullcontext()
+            ):
+                with clock("sample"):
+                    result = chosen.sample(task, settings)
+                    if reward is not None and result.rewards.isnan().all():
+                        result.rewards = task.rewards(result.latents, task.condition).cpu()[:, None]
+                with clock("decode"):
+                    images = result.latents
+                    if output_type != "latent":
+                        images = decode(to_images, result.latents, batch_size, output_type)
     return GuidedSampleOutput(
         images=images,
         latents=result.latents,
@@ -216,16 +249,17 @@ def guided_sample(
         log_evidence=result.log_evidence,
         timings=clock.seconds,
         evaluations=evaluations,
+        memory_report=list(report.savings.values()),
     )
 
 
 @torch.no_grad()
-def decode(pipe, backbone: DiffusionBackbone, latents: Tensor, batch_size: int | None, output_type: str):
-    """Images of latents by the pipeline's autoencoder; of a video model a list of frames or one more dimension each."""
+def decode(to_images: Callable[[Tensor], Tensor], latents: Tensor, batch_size: int | None, output_type: str):
+    """Images of latents, so many at a time; of a video model a list of frames or one more dimension each."""
     from diffusers.image_processor import VaeImageProcessor
 
     parts = latents.split(batch_size or len(latents))
-    images = torch.cat([backbone.decode_latents(pipe.vae, part) for part in parts]).clamp(0, 1)
+    images = torch.cat([to_images(part) for part in parts])
     if images.ndim == 5:
         images = images.transpose(1, 2)  # [B, F, 3, H, W]
     if output_type == "pt":
@@ -237,20 +271,29 @@ def decode(pipe, backbone: DiffusionBackbone, latents: Tensor, batch_size: int |
     return to_pil(arrays) if images.ndim == 4 else [to_pil(frames) for frames in arrays]
 
 
+@contextmanager
+def _model_hooks_freed(pipe) -> Iterator[None]:
+    """At the end, as at the end of a pipeline's own call: models that enable_model_cpu_offload fetched go back."""
+    try:
+        yield
+    finally:
+        pipe.maybe_free_model_hooks()
+
+
 def progress_bar(total: int, show: bool):
     from tqdm.auto import tqdm
 
     return tqdm(total=total, desc="guided_sample", unit="step", disable=not show)
 
 
-def _scorer(pipe, backbone: DiffusionBackbone, reward: RewardModel | RewardSum, batch_size: int | None):
+def _scorer(to_images: Callable[[Tensor], Tensor], reward: RewardModel | RewardSum, batch_size: int | None):
     """Rewards [B] of finished latents under a condition."""
 
     @torch.no_grad()
     def score(latents: Tensor, condition: Condition) -> Tensor:
         size, scores = batch_size or len(latents), []
         for first in range(0, len(latents), size):
-            images = backbone.decode_latents(pipe.vae, latents[first : first + size]).clamp(0, 1)
+            images = to_images(latents[first : first + size])
             scores.append(score_images(reward, images, condition.prompts[first : first + size]))
         return torch.cat(scores)
 
@@ -258,6 +301,19 @@ def _scorer(pipe, backbone: DiffusionBackbone, reward: RewardModel | RewardSum, 
 
 
 # -- validation --------------------------------------------------------------------------------------------------------
+
+
+def _check_alone(condition, prompt, negative_prompt, guidance_scale, true_cfg_scale, max_sequence_length) -> None:
+    if not isinstance(condition, Condition):
+        raise TypeError(f"condition: expected a Condition, got {type(condition).__name__}")
+    given = {"prompt": prompt, "negative_prompt": negative_prompt or None, "max_sequence_length": max_sequence_length}
+    for name, entry in given.items():
+        if entry is not None:
+            raise ValueError(f"{name}: expected none beside a condition, which is encoded already, got {entry!r}")
+    defaults = inspect.signature(guided_sample).parameters
+    for name, scale in (("guidance_scale", guidance_scale), ("true_cfg_scale", true_cfg_scale)):
+        if scale not in (defaults[name].default, condition.guidance_scale):
+            raise ValueError(f"{name}: expected the condition's own, {condition.guidance_scale:g}, got {scale!r}")
 
 
 def _latent_shape(pipe, backbone: DiffusionBackbone, count: int, height, width, num_frames, latents) -> tuple[int, ...]:
@@ -286,24 +342,6 @@ def _latent_shape(pipe, backbone: DiffusionBackbone, count: int, height, width, 
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents: expected shape {list(shape)}, got {list(latents.shape)}")
     return shape
-
-
-def _check_value(value, pipe, backbone: DiffusionBackbone, shape: tuple[int, ...]) -> None:
-    if value is None:
-        return
-    if not isinstance(value, ValueEstimator):
-        raise TypeError(f"value: expected a ValueEstimator or None, got {type(value).__name__}")
-    if value.backbone.denoiser is not backbone.denoiser:
-        if not isinstance(value, StitchedValue):
-            raise ValueError(
-                "value: expected a StitchedValue, or an estimator on this pipeline's own denoiser, got "
-                f"{type(value).__name__} on another {type(value.backbone.denoiser).__name__}"
-            )
-        if value.prompt_conditioned:
-            raise ValueError("value: a prompt-conditioned value reads the text encoding of its own pipeline only")
-        check_latent_space(value.latent_space, latent_space(backbone, pipe))
-    if hasattr(value, "check_latent_size"):
-        value.check_latent_size(shape[-2:])
 
 
 def _check_scorers(method: str, value, reward) -> None:

@@ -157,7 +157,8 @@ def scale_for_ess(scores: Tensor, target: float) -> Tensor:
 def _inverse(weights: Tensor, points: Tensor) -> Tensor:
     """Indices at which the cumulated weights pass the points; never one of weight 0."""
     cumulated = weights.cumsum(0)
-    return torch.searchsorted(cumulated / cumulated[-1], points, right=True).clamp_max(len(weights) - 1)
+    last = weights.nonzero().max()  # a point of 1, after rounding, is beyond all of them
+    return torch.searchsorted(cumulated / cumulated[-1], points, right=True).clamp_max(last)
 
 
 def systematic(weights: Tensor, uniforms: Tensor) -> Tensor:

@@ -23,6 +23,11 @@ class ValueEstimator(ABC):
 
     backbone: DiffusionBackbone
 
+    @property
+    def reads_encoding(self) -> bool:
+        """Whether values depend on a condition's encodings; where not, its prompts are enough."""
+        return True
+
     @abstractmethod
     def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
         """V [B], differentiable with respect to latents where autograd is on."""

@@ -95,6 +95,10 @@ class StitchedValue(nn.Module, ValueEstimator):
     def null_condition(self) -> Encoding:
         return {name: getattr(self, f"null_{name}") for name in self._null_names}
 
+    @property
+    def reads_encoding(self) -> bool:
+        return self.prompt_conditioned
+
     # -- the value -----------------------------------------------------------------------------------------------------
 
     def check_latent_size(self, latent_size: tuple[int, int]) -> None:
@@ -220,9 +224,11 @@ class StitchedValue(nn.Module, ValueEstimator):
         return *self.as_branches(shared_velocity, other_velocity), value.detach(), grad.float()
 
     def other_branch(self, condition: Condition) -> Encoding | None:
-        """What the denoiser reads beside the text of the shared branch; None if that is its only branch."""
+        """What the denoiser reads beside the text of the shared branch; None if that is its only branch, or if the
+        condition holds no text for another one.
+        """
         if not self.prompt_conditioned:
-            return condition.cond
+            return condition.cond or None
         return condition.uncond if condition.guidance_scale > 1 else None
 
     def as_branches(self, shared: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor | None]:

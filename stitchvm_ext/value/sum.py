@@ -67,6 +67,10 @@ class ValueSum(ValueEstimator):
     def normalise(self, pairs: Sequence[MeanStd] | None) -> None:
         self.weighted.normalise = pairs
 
+    @property
+    def reads_encoding(self) -> bool:
+        return any(value.reads_encoding for value in self.values)
+
     def check_latent_size(self, latent_size: tuple[int, int]) -> None:
         """Raises ValueError unless every value can read latents of this (H, W)."""
         for value in self.values:
@@ -115,13 +119,17 @@ class ValueSum(ValueEstimator):
     # -- the estimator -------------------------------------------------------------------------------------------------
 
     def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
+        return self.weighted(self.raw_values(latents, sigma, condition))
+
+    def raw_values(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> list[Tensor]:
+        """Every term's own value [B], not weighted and not normalised; differentiable like :meth:`value`."""
         self.check_condition(latents, condition)
         scores = {k: self.values[k].value(latents, sigma, condition) for k in self.separate}
         if self.shared:
             scores |= self._scores(
                 self.backbone.features_at(latents, sigma, **self._prefix(latents, condition)), condition
             )
-        return self._total(scores)
+        return [scores[k] for k in range(len(self.values))]
 
     def value_and_grad(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """As the base class says. Raises TypeError with a term that has no gradient (MonteCarloValue)."""
