@@ -38,6 +38,7 @@ _HOME = {
     "precompute_conditioning": "backbones",
     "read_evaluation_set": "evaluation",
     "remove_value_guidance": "sampling",
+    "sample_prompts": "sampling",
     "search_stitch": "value",
     "stitch": "value",
     "unfuse": "fused.fuse",

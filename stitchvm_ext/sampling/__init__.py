@@ -13,6 +13,8 @@ from .guided_sample import GuidedSampleOutput, guided_sample
 from .hook import ValueGuide, apply_value_guidance, remove_value_guidance
 from .memory import MemorySaving
 from .methods import METHODS
+from .prompt_file import Prompt, read_prompts
+from .sample_prompts import sample_prompts
 from .schedule import pipeline_sigmas
 from .search import Search, sample_search
 from .svdd import SVDD, sample_svdd
@@ -29,6 +31,7 @@ __all__ = [
     "Guidance",
     "GuidedSampleOutput",
     "MemorySaving",
+    "Prompt",
     "Search",
     "Transition",
     "ValueGuide",
@@ -37,10 +40,12 @@ __all__ = [
     "get_transition",
     "guided_sample",
     "pipeline_sigmas",
+    "read_prompts",
     "remove_value_guidance",
     "sample_best_of_n",
     "sample_dps",
     "sample_fk",
+    "sample_prompts",
     "sample_search",
     "sample_svdd",
 ]

@@ -18,7 +18,7 @@ class BestOfN:
     """How many samples, and which of them are finished.
 
     Attributes:
-        num_particles: N.
+        num_particles: N, per sample.
         keep: pairs (step, number): after this step, the so many with the highest value go on and the others are
             dropped. A float is a share of the schedule.
         stop_above: draw one sample after the other, and stop at the first whose reward is at least this.

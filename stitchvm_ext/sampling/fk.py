@@ -27,7 +27,7 @@ class FK:
     of None is the last step.
 
     Attributes:
-        num_particles: K.
+        num_particles: K, per sample.
         num_proposals: M, proposals of each particle within ``proposal_window``; the best under the value goes on. With
             M > 1 particles follow another law than the model's, which no weight corrects (nor in the paper).
         proposal_window: by default the first 40% of the steps, as in the paper.

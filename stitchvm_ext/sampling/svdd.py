@@ -18,7 +18,7 @@ class SVDD:
     """How proposals are chosen.
 
     Attributes:
-        num_proposals: M.
+        num_proposals: M, per step.
         proposal_window: half-open range of steps: integers count steps, floats are shares of the schedule.
         scale: draw the kept proposal with odds ``exp(scale V)``; None keeps the best one, as the published code does.
     """
