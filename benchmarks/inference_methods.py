@@ -87,11 +87,11 @@ def main() -> None:
 @torch.no_grad()
 def figures(images, texts: list[str], seeds: int, reward, held_out) -> dict[str, dict[str, float]]:
     """Mean and standard error over prompts of each measure."""
-    score = (
-        lambda model: torch.cat(  # noqa: E731
-            [model(x, texts[64 * k : 64 * k + len(x)]) for k, x in enumerate(images.split(64))]
-        )
-    )
+
+    def score(model):
+        parts = [model(x, texts[64 * k : 64 * k + len(x)]) for k, x in enumerate(images.split(64))]
+        return torch.cat(parts)
+
     pixels = (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
     right = [world.check(image, text).objects for image, text in zip(pixels, texts, strict=True)]
     embedding = torch.cat([held_out.output(x).normalized for x in images.split(64)])

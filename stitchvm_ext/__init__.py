@@ -30,6 +30,7 @@ _HOME = {
     "cache_rollouts": "value",
     "distil_reward": "rewards",
     "encode_prompts": "sampling",
+    "calibrate": "sampling",
     "evaluate_noise_levels": "evaluation",
     "finetune": "value",
     "fuse": "fused.fuse",

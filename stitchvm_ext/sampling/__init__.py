@@ -5,6 +5,7 @@ package does not import diffusers.
 """
 
 from .best_of_n import BestOfN, sample_best_of_n
+from .calibrate import Calibration, calibrate
 from .dps import sample_dps
 from .encoding import encode_prompts
 from .fk import FK, sample_fk
@@ -28,6 +29,7 @@ __all__ = [
     "SVDD",
     "TRANSITIONS",
     "BestOfN",
+    "Calibration",
     "Guidance",
     "GuidedSampleOutput",
     "MemorySaving",
@@ -37,6 +39,7 @@ __all__ = [
     "ValueGuide",
     "apply_value_guidance",
     "encode_prompts",
+    "calibrate",
     "get_transition",
     "guided_sample",
     "pipeline_sigmas",
