@@ -47,9 +47,9 @@ def sample_svdd(task: SamplingTask, options: SVDD) -> Sampled:
     """Each step keeps one of M proposals by their values (SVDD, Li et al., 2408.08252).
 
     Draws by ``exp(scale V)`` follow the transitions of the tilted distribution as M grows. A latent's value is that of
-    the forward process: a transition that adds less noise than its reversal does (``nu² = 2t/(1-t)``, "flow_grpo" with a
-    noise level of sqrt 2) leaves a part of the reward to the initial noise, which is not chosen here; so does a finite M.
-    The best of M goes beyond the tilt.
+    the forward process: a transition that adds less noise than its reversal does (``nu² = 2t/(1-t)``, "flow_grpo" with
+    a noise level of sqrt 2) leaves a part of the reward to the initial noise, which is not chosen here. So does a
+    finite M. The best of M goes beyond the tilt.
     """
     latents, condition = task.start(), task.condition
     chooses = steps_of("proposal_window", options.proposal_window, task.num_steps)
