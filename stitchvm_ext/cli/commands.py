@@ -211,6 +211,7 @@ def sample(
     images_per_batch: int = 8,
     num_frames: int = 1,
     batch_size: int | None = None,
+    memory: Literal["normal", "low"] = "normal",
     seed: int = 0,
 ) -> None:
     """Sample pictures under a value model. Writes 00000.png, 00001.png, ..., samples.jsonl and settings.json.
@@ -237,6 +238,7 @@ def sample(
         images_per_batch: pictures that are sampled together, each of as many latents as the method has particles.
         num_frames: of video models; frames become pictures of their own, 00000_000.png and so on.
         batch_size: latents that go through the networks together; all of a batch by default.
+        memory: "low" moves to the host, or computes twice, what a small device has no room for.
         seed: of the first picture; every further one has the next.
     """
     from ..sampling import sample_prompts
@@ -264,6 +266,7 @@ def sample(
         width=size.width,
         num_frames=num_frames,
         batch_size=batch_size,
+        memory=memory,
         **options,
     )
     if processes(pipe.device).is_main_process:
