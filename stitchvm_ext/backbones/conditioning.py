@@ -65,7 +65,7 @@ class ConditioningTable:
         steps, texts = len(timesteps), len(pooled)
         temb = self.embedder(timesteps.repeat_interleave(texts), pooled.repeat(steps, 1))
         self.lookup = RowLookup(timesteps, pooled, temb.shape[-1])
-        self.norms = _adaln_layers(transformer)
+        self.norms = adaln_layers(transformer)
         self.linears = [norm.linear for norm in self.norms]
         self.tables = [TableLinear(norm.linear(norm.silu(temb)), self.lookup) for norm in self.norms]
         self.install()
@@ -108,7 +108,7 @@ class ConditioningTable:
         self.remove()
 
 
-def _adaln_layers(transformer: nn.Module) -> list[nn.Module]:
+def adaln_layers(transformer: nn.Module) -> list[nn.Module]:
     """Modules with ``linear`` and ``silu`` whose input is the timestep and pooled text embedding alone."""
     norms = [norm for block in blocks_of(transformer) for norm in (block.norm1, block.norm1_context)]
     return [*norms, transformer.norm_out]
