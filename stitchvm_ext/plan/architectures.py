@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ class Architecture:
         block_lists: how many blocks of each kind, in running order: option of the denoiser, or for the leading blocks
             with a second attention "dual_attention_layers".
         classifier_free: the pipeline runs an unconditional branch beside the conditional one.
-        particle_steps: steps of the published particle runs, the steps of proposals and of resampling in them.
     """
 
     configuration: str
@@ -40,11 +39,11 @@ class Architecture:
     text_encoder_parameters: int
     block_lists: tuple[str, ...]
     classifier_free: bool = True
-    particle_steps: tuple[int, int, int] = (40, 16, 7)
-    multiple: int = field(init=False)
 
-    def __post_init__(self):
-        object.__setattr__(self, "multiple", self.pixels_per_latent * (2 if self.pixels_per_latent == 8 else 1))
+    @property
+    def multiple(self) -> int:
+        """Of pixels, which an image's side has to be: transformers over latents of 8 pixels take patches of two."""
+        return self.pixels_per_latent * (2 if self.pixels_per_latent == 8 else 1)
 
     @property
     def parameters(self) -> int:
@@ -163,7 +162,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         text_encoder_parameters=4_762_310_656 + 123_060_480,  # T5-XXL, CLIP-L
         block_lists=("num_layers", "num_single_layers"),
         classifier_free=False,
-        particle_steps=(28, 11, 5),
     ),
     "flux.2-dev": Architecture(
         "FLUX.2-dev",
@@ -174,7 +172,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         text_encoder_parameters=24_011_361_280,  # Mistral Small 3
         block_lists=("num_layers", "num_single_layers"),
         classifier_free=False,
-        particle_steps=(28, 11, 5),
     ),
     "hunyuanimage-2.1": Architecture(
         "HunyuanImage-2.1",
@@ -208,6 +205,12 @@ class Tower:
     model: str
     quick_gelu: bool
     head: dict[int, tuple[int, int]] | None = None
+
+    @property
+    def layers(self) -> int:
+        import open_clip
+
+        return open_clip.get_model_config(self.model)["vision_cfg"]["layers"]
 
     def build(self):
         """The reward without its text tower, to be called within :func:`fake_tensors`."""

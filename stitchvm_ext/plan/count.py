@@ -1,7 +1,7 @@
 """What a piece of code would cost, counted from the operators that it runs on fake tensors: nothing is computed.
 
-The fake device is the CPU: there attention is one fused operator whose backward keeps its output and statistics alone, as
-the GPU's kernels do, while on a fake GPU PyTorch falls back to the formula and materialises the scores.
+The fake device is the CPU: there attention is one fused operator whose backward keeps its output and statistics alone,
+as the GPU's kernels do, while on a fake GPU PyTorch falls back to the formula and materialises the scores.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ DEVICES: dict[str, Device] = {
 
 # Shares of the data sheet that large products and streaming kernels reach at best: the lower end of a range.
 ROOF_FLOPS, ROOF_BANDWIDTH = 0.8, 0.9
-# Shares that eager PyTorch is assumed to reach: the upper end. On an H200 600 TFLOP/s in products and 3.4 TB/s; attention
-# 400 forward and 300 backward at head dimension 64, 550 and 400 from 128 on.
+# Shares that eager PyTorch is assumed to reach: the upper end. On an H200 600 TFLOP/s in products and 3.4 TB/s;
+# attention 400 forward and 300 backward at head dimension 64, 550 and 400 from 128 on.
 EAGER_PRODUCT, EAGER_BANDWIDTH = 0.607, 0.708
 EAGER_ATTENTION = {("attention", False): 0.404, ("attention", True): 0.556, ("attention backward", False): 0.303,
                    ("attention backward", True): 0.404}  # fmt: skip

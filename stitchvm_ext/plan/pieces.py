@@ -1,7 +1,7 @@
 """The pieces that pipelines, values and trainers are made of, each counted once by running the library's own code.
 
-A denoiser is counted with one or two blocks of each kind and with one more of each; the blocks that the published one has
-beyond these cost what the one more did.
+A denoiser is counted with one or two blocks of each kind and with one more of each; the blocks that the published one
+has beyond these cost what the one more did.
 """
 
 from __future__ import annotations

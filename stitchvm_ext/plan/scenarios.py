@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..fused.function import MEMORY_LEVELS
 from .count import Cost
 from .pieces import Pieces
 
@@ -22,7 +23,7 @@ class Scenario:
         steps: how many there are.
         once: what follows after the last step (the decoding of the result).
         weights: bytes that are resident, text encoders aside.
-        preset: how it is switched on, as options of the fit: ``memory``, ``checkpointing``.
+        offered: as a way to make it fit on a card; others are there to compare with.
     """
 
     name: str
@@ -31,7 +32,7 @@ class Scenario:
     steps: float
     weights: int
     once: Cost
-    preset: str = ""
+    offered: bool = True
 
     @property
     def total(self) -> Cost:
@@ -71,24 +72,19 @@ class Scenarios:
         decode = self.p.decode(self.batch)
         found = [Scenario("plain", "plain", self.branches() * steps, steps, self.plain_weights, decode)]
 
-        def add(name: str, group: str, cost: Cost, weights: int, preset: str = "") -> None:
-            found.append(Scenario(name, group, cost * steps, steps, weights, decode, preset))
+        def add(name: str, group: str, cost: Cost, weights: int, offered: bool = True) -> None:
+            found.append(Scenario(name, group, cost * steps, steps, weights, decode, offered))
 
         for checkpoint in (False, True):
-            how, preset = (", checkpointed", "checkpointing") if checkpoint else ("", "")
             for cond_only in (False, True) if self.free else (False,):
-                which = ", conditional branch alone" if cond_only else ""
-                add(
-                    f"Tweedie{which}{how}", "tweedie", self.tweedie(checkpoint, cond_only), self.tweedie_weights, preset
-                )
-        add("stitched, own prefix, as published", "stitched", self.own_prefix(None), self.stitched_weights, "eager")
-        for memory in ("save", "recompute"):
-            preset = f"memory={memory}"
-            add(f"stitched, own prefix, {memory}", "stitched", self.own_prefix(memory), self.stitched_weights, preset)
+                name = "Tweedie" + ", conditional branch alone" * cond_only + ", checkpointed" * checkpoint
+                add(name, "tweedie", self.tweedie(checkpoint, cond_only), self.tweedie_weights)
+        add("stitched, own prefix, as published", "stitched", self.own_prefix(None), self.stitched_weights, False)
+        for memory in MEMORY_LEVELS:
+            add(f"stitched, own prefix, {memory}", "stitched", self.own_prefix(memory), self.stitched_weights)
         which = "prefix shared" if self.free else "prefix shared (value on the prompt)"
-        for memory in ("save", "recompute"):
-            preset = f"memory={memory}, shared"
-            add(f"stitched, {which}, {memory}", "stitched", self.shared(memory), self.stitched_weights, preset)
+        for memory in MEMORY_LEVELS:
+            add(f"stitched, {which}, {memory}", "stitched", self.shared(memory), self.stitched_weights)
         return found
 
     def tweedie(self, checkpoint: bool, cond_only: bool) -> Cost:
@@ -117,14 +113,15 @@ class Scenarios:
 
     # -- particles -----------------------------------------------------------------------------------------------------
 
-    def fk(self, particles: int, proposals: int) -> list[Scenario]:
+    def fk(self, steps: int, particles: int, proposals: int) -> list[Scenario]:
         """A trajectory of N particles, which run one after the other; M proposals each on the early steps.
 
         A proposal that is kept has been denoised when the next step begins: its Tweedie estimate costs decoder and
         rewards only, and where the prefix is shared its stitched value costs the suffix only.
         """
         p, n, m = self.p, particles, proposals
-        steps, proposing, events = p.architecture.particle_steps
+        proposing = int(0.4 * steps)  # the early ones; resampling every 4 steps between 20% and 80% (METHOD.md §5)
+        events = (round(0.8 * steps) - round(0.2 * steps)) // 4 + 1
         decode = p.decode(self.batch) * n
         base = self.branches() * (steps * n)
         reuse, suffix = p.decode_reward(self.batch), p.suffix(self.batch)
@@ -155,7 +152,7 @@ class Scenarios:
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def nft(self, steps: int, stops: tuple[int, int]) -> list[Scenario]:
+    def nft(self, steps: int) -> list[Scenario]:
         """An iteration of DiffusionNFT on one batch, without classifier-free guidance.
 
         Every sample is trained on int(0.99 T) timesteps, each with a pass of the old adapter, one of the reference and
@@ -164,6 +161,7 @@ class Scenarios:
         p, b = self.p, self.batch
         old, merged = p.denoise(b, lora=True), p.denoise(b)
         value, ours = p.prefix(b) + p.suffix(b), p.prefix(b, memory="save") + p.suffix(b, memory="save")
+        stops = round(0.48 * steps), round(0.68 * steps)  # 12..17 of 25
         mean = sum(stops) / 2
 
         def iteration(stop: float, unmerged: bool, reward: Cost, checkpoint: bool = False) -> Cost:
@@ -172,52 +170,45 @@ class Scenarios:
             return rollout * stop + reward + trained * int(TRAINED_SHARE * stop)
 
         official, stitched = self.tweedie_weights, self.stitched_weights
-        rows: list[tuple[str, str, Cost, int, str]] = [
-            ("DiffusionNFT", "tweedie", iteration(steps, True, p.decode_reward(b)), official, ""),
-            ("DiffusionNFT, checkpointed", "tweedie", iteration(steps, True, p.decode_reward(b), True), official,
-             "checkpointing"),
-            (f"stitched, stops at {mean:g}", "stitched", iteration(mean, True, value), stitched, ""),
+        rows: list[tuple[str, str, Cost, int]] = [
+            ("DiffusionNFT", "tweedie", iteration(steps, True, p.decode_reward(b)), official),
+            ("DiffusionNFT, checkpointed", "tweedie", iteration(steps, True, p.decode_reward(b), True), official),
+            (f"stitched, stops at {mean:g}", "stitched", iteration(mean, True, value), stitched),
             (f"stitched, stops at {mean:g}, LoRA merged where it is not trained", "stitched",
-             iteration(mean, False, ours), stitched, "memory=save"),
+             iteration(mean, False, ours), stitched),
             (f"stitched, stops at {mean:g}, LoRA merged, checkpointed", "stitched",
-             iteration(mean, False, ours, True), stitched, "memory=save, checkpointing"),
-            *((f"stitched, stops at {stop}", "stitched", iteration(stop, True, value), stitched, "") for stop in stops),
+             iteration(mean, False, ours, True), stitched),
         ]  # fmt: skip
-        return self._iterations(rows)
+        earliest_and_latest = [
+            (f"stitched, stops at {stop}", "stitched", iteration(stop, True, value), stitched) for stop in stops
+        ]
+        return [*self._iterations(rows), *self._iterations(earliest_and_latest, offered=False)]
 
-    def draft(self, steps: int, stops: tuple[int, int]) -> list[Scenario]:
-        """An iteration of DRaFT on one batch, without classifier-free guidance: a rollout, the gradient through its last
-        steps, and for each of these a pass of the frozen model for the regulariser.
+    def draft(self, steps: int) -> list[Scenario]:
+        """An iteration of DRaFT on one batch, without classifier-free guidance: a rollout, the gradient through its
+        last steps, and for each of these a pass of the frozen model for the regulariser.
         """
         p, b = self.p, self.batch
         roll, frozen = p.denoise(b, lora=True), p.denoise(b)
-        mean = sum(stops) / 2
+        mean = (round(0.3 * steps) + round(0.7 * steps)) / 2  # 3..7 of 10
 
         def iteration(done: float, trained: int, judged: Cost, checkpoint: bool) -> Cost:
             step = p.train(b, checkpoint=checkpoint)
-            chain = Cost(step.kernels, step.peak + (trained - 1) * step.kept, trained * step.kept)
-            chain.kernels = (step * trained).kernels
+            chain = step * trained
+            chain.peak, chain.kept = step.peak + (trained - 1) * step.kept, trained * step.kept
             return roll * (done - trained) + frozen * trained + nested(chain, judged)
 
         rows = []
         for checkpoint in (False, True):
-            how, preset = (", checkpointed", "checkpointing") if checkpoint else ("", "")
             judged = p.decode_reward(b, grad=True, checkpoint=checkpoint)
-            rows += [
-                (f"DRaFT-{k}{how}", "tweedie", iteration(steps, k, judged, checkpoint), self.tweedie_weights, preset)
-                for k in (1, 3)
-            ]
+            for k in (1, 3):
+                name = f"DRaFT-{k}" + ", checkpointed" * checkpoint
+                rows.append((name, "tweedie", iteration(steps, k, judged, checkpoint), self.tweedie_weights))
         for memory, checkpoint in (("save", False), ("recompute", False), ("recompute", True)):
-            how, preset = (", checkpointed", ", checkpointing") if checkpoint else ("", "")
-            rows.append(
-                (f"stitched, stops at {mean:g}, {memory}{how}", "stitched",
-                 iteration(mean, 1, self.value_grad(memory), checkpoint), self.stitched_weights,
-                 f"memory={memory}{preset}")
-            )  # fmt: skip
+            name = f"stitched, stops at {mean:g}, {memory}" + ", checkpointed" * checkpoint
+            cost = iteration(mean, 1, self.value_grad(memory), checkpoint)
+            rows.append((name, "stitched", cost, self.stitched_weights))
         return self._iterations(rows)
 
-    def _iterations(self, rows: Sequence[tuple[str, str, Cost, int, str]]) -> list[Scenario]:
-        return [Scenario(name, group, cost, 1, weights, Cost(), preset) for name, group, cost, weights, preset in rows]
-
-
-Build = Callable[[Scenarios], list[Scenario]]
+    def _iterations(self, rows: Sequence[tuple[str, str, Cost, int]], offered: bool = True) -> list[Scenario]:
+        return [Scenario(name, group, cost, 1, weights, Cost(), offered) for name, group, cost, weights in rows]
