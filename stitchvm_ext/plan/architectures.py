@@ -212,8 +212,8 @@ class Tower:
 
         return open_clip.get_model_config(self.model)["vision_cfg"]["layers"]
 
-    def build(self):
-        """The reward without its text tower, to be called within :func:`fake_tensors`."""
+    def build(self, layers: int):
+        """The reward with so many layers and without its text tower, to be called within :func:`fake_tensors`."""
         import open_clip
         from open_clip.model import CLIP
 
@@ -221,6 +221,7 @@ class Tower:
         from ..rewards.scalar_head import ScalarHead
 
         config = {**open_clip.get_model_config(self.model), "quick_gelu": self.quick_gelu}
+        config["vision_cfg"] = {**config["vision_cfg"], "layers": layers}
         config["text_cfg"] = {"context_length": 4, "vocab_size": 16, "width": 32, "heads": 2, "layers": 1}
         clip = build(lambda: CLIP(**config))
         if self.head is None:

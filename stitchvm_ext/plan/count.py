@@ -98,6 +98,14 @@ class Cost:
     __rmul__ = __mul__
 
 
+def nested(outer: Cost, inner: Cost) -> Cost:
+    """The inner cost arises between the outer's forward and backward, while what the outer keeps is alive."""
+    both = outer + inner
+    both.peak = max(outer.peak, outer.kept + inner.peak)
+    both.kept = outer.kept
+    return both
+
+
 class _Counting(TorchDispatchMode):
     """Counts kernels, and the bytes of every storage from when an operator makes it until the last reference goes."""
 

@@ -6,44 +6,23 @@ has beyond these cost what the one more did.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property, lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backbones import DiffusionBackbone
 from ..backbones.base import frozen
 from ..backbones.conditioning import adaln_layers
-from ..value.stitch_layer import StitchLayer
-from .architectures import TOWERS, Architecture, build
+from .architectures import Architecture
+from .blocks import leading, scaled, scaled_number, with_one_more
 from .count import Cost, count, fake_tensors
-from .variants import add_lora, as_written, checkpointing
+from .reward_pieces import RewardPieces, input_grad, parameters
+from .variants import add_lora, checkpointing
 
 ENTRY = 2  # bytes of a bfloat16 number
-
-
-def leading(kinds: Sequence[int], first: int) -> tuple[int, ...]:
-    """The fewest blocks of each kind that hold the ``first`` ones whole, and one of every kind at least."""
-    found, left = [], first
-    for blocks in kinds:
-        found.append(min(blocks, max(left, 1)))
-        left -= found[-1]
-    return tuple(found)
-
-
-def scaled(costs: Sequence[Cost], kinds: Sequence[int], base: Sequence[int]) -> Cost:
-    """The cost with ``kinds`` blocks from that with ``base`` blocks, ``costs[0]``, and with one more of each kind."""
-    first, *others = costs
-    kernels, peak, kept = Counter(first.kernels), first.peak, first.kept
-    for other, blocks, have in zip(others, kinds, base, strict=True):
-        for kernel, often in other.kernels.items():
-            kernels[kernel] += (blocks - have) * (often - first.kernels[kernel])
-        peak += (blocks - have) * (other.peak - first.peak)
-        kept += (blocks - have) * (other.kept - first.kept)
-    return Cost(+kernels, peak, kept)
 
 
 class Pieces:
@@ -58,26 +37,15 @@ class Pieces:
     """
 
     def __init__(self, architecture: Architecture, rewards: Sequence[str], resolution: int, depth: int, layer: int):
-        self.architecture, self.resolution, self.depth, self.layer = architecture, resolution, depth, layer
+        self.architecture, self.resolution, self.depth = architecture, resolution, depth
         self.kinds = architecture.kinds()
         self.mode = fake_tensors()
+        small = self._backbone(leading(self.kinds, 2))
         with self.mode:
-            self.vae = architecture.autoencoder()
-            self.rewards = [TOWERS[name].build() for name in rewards]
-            grid = self._backbone(leading(self.kinds, 2)).grid(tuple(architecture.latents(1, resolution).shape[-2:]))
-            self.stitches = [build(lambda r=r: self._stitch(r)) for r in self.rewards]
-        self.grid = grid
-        read = [stitch.read_tokens(grid) for stitch in self.stitches]
-        self.tokens_read = None if any(rows is None for rows in read) else len(torch.cat(read).unique())
+            latents = architecture.latents(1, resolution)
+        self.width, self.grid = small.width(1), small.grid(tuple(latents.shape[-2:]))
+        self.rewards = RewardPieces(architecture, rewards, resolution, layer, self.grid, self.width, small, self.mode)
         self._counted: dict[tuple, Cost] = {}
-
-    def _stitch(self, reward) -> StitchLayer:
-        prefix = reward.num_prefix_tokens if self.layer > 1 else 0
-        return StitchLayer(self.width, reward.width, reward.grid, prefix, with_position=self.layer > 1)
-
-    @cached_property
-    def width(self) -> int:
-        return self._backbone(leading(self.kinds, 2)).width(1)
 
     @lru_cache(maxsize=16)  # noqa: B019 (as long-lived as the pieces)
     def _backbone(self, kinds: tuple[int, ...]) -> DiffusionBackbone:
@@ -93,19 +61,15 @@ class Pieces:
 
     @property
     def vae_bytes(self) -> int:
-        return _bytes(self.vae)
+        return ENTRY * parameters(self.rewards.vae)
 
     @property
     def rewards_bytes(self) -> int:
-        """The image towers. Their text towers run once per prompt and need not stay."""
-        return sum(_bytes(reward) for reward in self.rewards)
+        return ENTRY * self.rewards.tower_parameters
 
     @property
     def value_bytes(self) -> int:
-        """Stitching layers and suffixes: what a stitched value adds to the pipeline."""
-        return sum(_bytes(m) for m in (*self.rewards, *self.stitches)) - sum(
-            _bytes(reward.visual.conv1) for reward in self.rewards
-        )
+        return ENTRY * self.rewards.value_parameters
 
     @cached_property
     def modulation(self) -> tuple[int, int]:
@@ -115,27 +79,21 @@ class Pieces:
         if self.architecture.family != "SD3Transformer2DModel":
             return 0, 0
         base = leading(self.kinds, 2)
-        found = []
-        for kinds in self._with_one_more(base):
+        sizes, outputs = [], []
+        for kinds in with_one_more(base):
             linears = [norm.linear for norm in adaln_layers(self._backbone(kinds).denoiser)]
-            found.append((sum(map(_bytes, linears)), sum(linear.out_features for linear in linears)))
-        (size, outputs), *others = found
-        for (more, more_outputs), blocks, have in zip(others, self.kinds, base, strict=True):
-            size += (blocks - have) * (more - found[0][0])
-            outputs += (blocks - have) * (more_outputs - found[0][1])
-        return size, outputs
+            sizes.append(ENTRY * sum(map(parameters, linears)))
+            outputs.append(sum(linear.out_features for linear in linears))
+        return scaled_number(sizes, self.kinds, base), scaled_number(outputs, self.kinds, base)
 
     # -- the denoiser --------------------------------------------------------------------------------------------------
-
-    def _with_one_more(self, base: tuple[int, ...]) -> list[tuple[int, ...]]:
-        return [base, *(tuple(n + (k == kind) for k, n in enumerate(base)) for kind in range(len(base)))]
 
     def _over_blocks(self, key: tuple, first: int, measure: Callable[[DiffusionBackbone], Cost]) -> Cost:
         """The cost of something that runs all blocks of the denoiser, by the few of a smaller one."""
         if key not in self._counted:
             base = leading(self.kinds, first)
             with self.mode:
-                costs = [measure(self._backbone(kinds)) for kinds in self._with_one_more(base)]
+                costs = [measure(self._backbone(kinds)) for kinds in with_one_more(base)]
             self._counted[key] = scaled(costs, self.kinds, base)
         return self._counted[key]
 
@@ -160,7 +118,7 @@ class Pieces:
             latents, *others = self._inputs(batch)
             latents.requires_grad_()
             with checkpointing(backbone.denoiser, checkpoint):
-                return count(lambda: backbone.velocity(latents, *others), lambda out: _grad(out, latents))
+                return count(lambda: backbone.velocity(latents, *others), lambda out: input_grad(out, latents))
 
         return self._over_blocks(("input grad", batch, checkpoint), 2, measure)
 
@@ -180,7 +138,7 @@ class Pieces:
     # -- the prefix ----------------------------------------------------------------------------------------------------
 
     def _rows(self) -> Tensor | None:
-        return None if self.tokens_read is None else torch.empty(self.tokens_read, dtype=torch.int64)
+        return None if self.rewards.tokens_read is None else torch.empty(self.rewards.tokens_read, dtype=torch.int64)
 
     def prefix(self, batch: int, *, grad: bool = False, memory: str | None = None) -> Cost:
         """The first i blocks alone, and the gradient of the latents.
@@ -202,7 +160,7 @@ class Pieces:
                     return backbone.features(latents, sigma, text, self.depth, rows=self._rows(), memory=memory)
 
                 with torch.set_grad_enabled(grad):
-                    self._counted[key] = count(forward, (lambda out: _grad(out, latents)) if grad else None)
+                    self._counted[key] = count(forward, (lambda out: input_grad(out, latents)) if grad else None)
         return self._counted[key]
 
     def shared_prefix(self, batch: int, memory: str) -> Cost:
@@ -215,113 +173,7 @@ class Pieces:
                     lambda: backbone.velocity_and_features(
                         latents, sigma, text, self.depth, rows=self._rows(), memory=memory
                     ),
-                    lambda found: _grad(found[1], found[2]),
+                    lambda found: input_grad(found[1], found[2]),
                 )
 
         return self._over_blocks(("shared prefix", batch, memory), self.depth + 1, measure)
-
-    # -- rewards, stitched and on images -------------------------------------------------------------------------------
-
-    def suffix(self, batch: int, *, grad: bool = False, memory: str | None = None) -> Cost:
-        """Stitching layers and reward suffixes, and the gradient of the tokens."""
-        key = ("suffix", batch, grad, memory)
-        if key not in self._counted:
-            with self.mode:
-                tokens = torch.empty(batch, self.grid[0] * self.grid[1], self.width, dtype=torch.bfloat16)
-                tokens.requires_grad_(grad)
-
-                def forward():
-                    return sum(
-                        reward.score(
-                            reward.forward_from(
-                                stitch(tokens, self.grid), self.layer, memory or "save", pooled_only=memory is not None
-                            ),
-                            self._prompts(reward, batch),
-                        )
-                        for stitch, reward in zip(self.stitches, self.rewards, strict=True)
-                    )
-
-                blocks = [block for reward in self.rewards for block in reward.blocks]
-                with torch.set_grad_enabled(grad), as_written(blocks) if memory is None else nullcontext():
-                    self._counted[key] = count(forward, (lambda out: _grad(out, tokens)) if grad else None)
-        return self._counted[key]
-
-    def train_suffix(self, batch: int) -> Cost:
-        """A finetuning pass of stitching layers and suffixes: the gradient of their weights."""
-        key = ("train suffix", batch)
-        if key not in self._counted:
-            with self.mode:
-                tokens = torch.empty(batch, self.grid[0] * self.grid[1], self.width, dtype=torch.bfloat16)
-                modules = [*self.stitches, *self.rewards]
-                for module in modules:
-                    module.requires_grad_(True)
-
-                def forward():
-                    loss = 0
-                    for stitch, reward in zip(self.stitches, self.rewards, strict=True):
-                        output = reward.forward_from(stitch(tokens, self.grid), self.layer)
-                        loss = loss + output.tokens.float().square().mean() + output.normalized.square().mean()
-                    return loss
-
-                weights = [p for module in modules for p in module.parameters()]
-                cost = count(forward, lambda loss: torch.autograd.grad(loss, weights, allow_unused=True))
-                for module in modules:
-                    module.requires_grad_(False)
-            self._counted[key] = cost
-        return self._counted[key]
-
-    def decode(self, batch: int) -> Cost:
-        return self._simple(("decode", batch), lambda z: self._decode(z), self._latents32(batch))
-
-    def encode(self, batch: int) -> Cost:
-        backbone = self._backbone(leading(self.kinds, 2))
-        return self._simple(("encode", batch), lambda x: backbone.encode_images(self.vae, x), self._images(batch))
-
-    def reward(self, batch: int) -> Cost:
-        """The rewards' image towers on images."""
-        return self._simple(("reward", batch), self._score, self._images(batch))
-
-    def decode_reward(self, batch: int, *, grad: bool = False, checkpoint: bool = False) -> Cost:
-        """Decoder and rewards on clean latents, and the gradient of the latents."""
-        key = ("decode and reward", batch, grad, checkpoint)
-        if not grad:
-            return self._simple(key, lambda z: self._score(self._decode(z)), self._latents32(batch))
-        if key not in self._counted:
-            with self.mode, checkpointing(self.vae, checkpoint):
-                latents = self._latents32(batch)().requires_grad_()
-                self._counted[key] = count(lambda: self._score(self._decode(latents)), lambda out: _grad(out, latents))
-        return self._counted[key]
-
-    def _simple(self, key: tuple, run: Callable[[Tensor], object], make: Callable[[], Tensor]) -> Cost:
-        if key not in self._counted:
-            with self.mode, torch.no_grad():
-                given = make()
-                self._counted[key] = count(lambda: run(given))
-        return self._counted[key]
-
-    def _latents32(self, batch: int) -> Callable[[], Tensor]:
-        return lambda: self.architecture.latents(batch, self.resolution).float()
-
-    def _images(self, batch: int) -> Callable[[], Tensor]:
-        return lambda: torch.empty(batch, 3, self.resolution, self.resolution)
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        return self._backbone(leading(self.kinds, 2)).decode_latents(self.vae, latents)
-
-    def _score(self, images: Tensor) -> Tensor:
-        return sum(
-            reward.score(reward.output(images, pooled_only=True), self._prompts(reward, len(images)))
-            for reward in self.rewards
-        )
-
-    def _prompts(self, reward, batch: int) -> Tensor:
-        return torch.empty(batch, reward.embed_dim)
-
-
-def _bytes(module: nn.Module) -> int:
-    return ENTRY * sum(p.numel() for p in module.parameters())
-
-
-def _grad(output: Tensor, leaf: Tensor) -> Tensor:
-    (grad,) = torch.autograd.grad(output, leaf, torch.ones_like(output))
-    return grad

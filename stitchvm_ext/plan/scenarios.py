@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..fused.function import MEMORY_LEVELS
-from .count import Cost
+from .count import Cost, nested
 from .pieces import Pieces
 
 TRAINED_SHARE = 0.99  # of its timesteps DiffusionNFT trains each sample on int(0.99 T), as its official code does
@@ -43,14 +43,6 @@ class Scenario:
         return max(self.cost.peak, self.once.peak)
 
 
-def nested(outer: Cost, inner: Cost) -> Cost:
-    """The inner cost arises between the outer's forward and backward, while what the outer keeps is alive."""
-    both = outer + inner
-    both.peak = max(outer.peak, outer.kept + inner.peak)
-    both.kept = outer.kept
-    return both
-
-
 class Scenarios:
     """The scenarios of one combination of models. Weights of a baseline are those of the pipeline and the rewards."""
 
@@ -69,7 +61,7 @@ class Scenarios:
 
     def dps(self, steps: int) -> list[Scenario]:
         """A guided step: its velocity and the gradient of the value."""
-        decode = self.p.decode(self.batch)
+        decode = self.p.rewards.decode(self.batch)
         found = [Scenario("plain", "plain", self.branches() * steps, steps, self.plain_weights, decode)]
 
         def add(name: str, group: str, cost: Cost, weights: int, offered: bool = True) -> None:
@@ -89,7 +81,7 @@ class Scenarios:
 
     def tweedie(self, checkpoint: bool, cond_only: bool) -> Cost:
         """r(D(z - t u)) and its gradient, through both branches or the conditional one."""
-        rewarded = self.p.decode_reward(self.batch, grad=True, checkpoint=checkpoint)
+        rewarded = self.p.rewards.decode_reward(self.batch, grad=True, checkpoint=checkpoint)
         if cond_only:
             differentiated = self.p.denoise_input_grad(self.batch, checkpoint=checkpoint)
             return self.p.denoise(self.batch) + nested(differentiated, rewarded)
@@ -102,11 +94,11 @@ class Scenarios:
 
     def value_grad(self, memory: str | None) -> Cost:
         prefix = self.p.prefix(self.batch, grad=True, memory=memory)
-        return nested(prefix, self.p.suffix(self.batch, grad=True, memory=memory))
+        return nested(prefix, self.p.rewards.suffix(self.batch, grad=True, memory=memory))
 
     def shared(self, memory: str) -> Cost:
         """A step whose one branch serves the value too; the other branch runs before the prefix' backward."""
-        inner = self.p.suffix(self.batch, grad=True, memory=memory)
+        inner = self.p.rewards.suffix(self.batch, grad=True, memory=memory)
         if self.free:
             inner = inner + self.p.denoise(self.batch, fused=True)
         return nested(self.p.shared_prefix(self.batch, memory), inner)
@@ -122,11 +114,11 @@ class Scenarios:
         p, n, m = self.p, particles, proposals
         proposing = int(0.4 * steps)  # the early ones; resampling every 4 steps between 20% and 80% (METHOD.md §5)
         events = (round(0.8 * steps) - round(0.2 * steps)) // 4 + 1
-        decode = p.decode(self.batch) * n
+        decode = p.rewards.decode(self.batch) * n
         base = self.branches() * (steps * n)
-        reuse, suffix = p.decode_reward(self.batch), p.suffix(self.batch)
+        reuse, suffix = p.rewards.decode_reward(self.batch), p.rewards.suffix(self.batch)
         fresh, stitched = self.branches() + reuse, p.prefix(self.batch) + suffix
-        ours = p.prefix(self.batch, memory="save") + p.suffix(self.batch, memory="save")
+        ours = p.prefix(self.batch, memory="save") + p.rewards.suffix(self.batch, memory="save")
         rejected, kept, at_events = n * (m - 1) * proposing, n * proposing, n * events
         again = suffix if self.free else stitched
         extra: list[tuple[str, str, Cost | None, int]] = [
@@ -160,7 +152,7 @@ class Scenarios:
         """
         p, b = self.p, self.batch
         old, merged = p.denoise(b, lora=True), p.denoise(b)
-        value, ours = p.prefix(b) + p.suffix(b), p.prefix(b, memory="save") + p.suffix(b, memory="save")
+        value, ours = p.prefix(b) + p.rewards.suffix(b), p.prefix(b, memory="save") + p.rewards.suffix(b, memory="save")
         stops = round(0.48 * steps), round(0.68 * steps)  # 12..17 of 25
         mean = sum(stops) / 2
 
@@ -169,10 +161,11 @@ class Scenarios:
             trained = rollout + merged + p.train(b, checkpoint=checkpoint)
             return rollout * stop + reward + trained * int(TRAINED_SHARE * stop)
 
+        judged = p.rewards.decode_reward(b)
         official, stitched = self.tweedie_weights, self.stitched_weights
         rows: list[tuple[str, str, Cost, int]] = [
-            ("DiffusionNFT", "tweedie", iteration(steps, True, p.decode_reward(b)), official),
-            ("DiffusionNFT, checkpointed", "tweedie", iteration(steps, True, p.decode_reward(b), True), official),
+            ("DiffusionNFT", "tweedie", iteration(steps, True, judged), official),
+            ("DiffusionNFT, checkpointed", "tweedie", iteration(steps, True, judged, True), official),
             (f"stitched, stops at {mean:g}", "stitched", iteration(mean, True, value), stitched),
             (f"stitched, stops at {mean:g}, LoRA merged where it is not trained", "stitched",
              iteration(mean, False, ours), stitched),
@@ -200,7 +193,7 @@ class Scenarios:
 
         rows = []
         for checkpoint in (False, True):
-            judged = p.decode_reward(b, grad=True, checkpoint=checkpoint)
+            judged = p.rewards.decode_reward(b, grad=True, checkpoint=checkpoint)
             for k in (1, 3):
                 name = f"DRaFT-{k}" + ", checkpointed" * checkpoint
                 rows.append((name, "tweedie", iteration(steps, k, judged, checkpoint), self.tweedie_weights))

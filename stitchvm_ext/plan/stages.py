@@ -34,10 +34,10 @@ def search(pieces: Pieces) -> Stage:
     float32, then two factorisations.
     """
     depths = sum(pieces.kinds)
-    per_image = pieces.encode(1) + pieces.denoise(1) + pieces.reward(1)
+    per_image = pieces.rewards.encode(1) + pieces.denoise(1) + pieces.rewards.reward(1)
     kernels: Counter[Kernel] = Counter()
     c = pieces.width
-    for reward in pieces.rewards:
+    for reward in pieces.rewards.towers(pieces.rewards.base):
         rows = PROBE_IMAGES * reward.grid[0] * reward.grid[1]
         d = LAYERS_SEARCHED * reward.width
         kernels[Kernel("float64 product", False, rows * c * c, 8 * rows * c)] += depths
@@ -52,9 +52,9 @@ def finetune(pieces: Pieces, images: int, epochs: int) -> list[Stage]:
     Per image in a batch of 8 on a GPU; the gradient of stitch and suffix, the frozen prefix without one.
     """
     share = 1 / AT_ONCE
-    once = (pieces.encode(AT_ONCE) + pieces.reward(AT_ONCE)) * share
-    anew = once + (pieces.prefix(AT_ONCE) + pieces.train_suffix(AT_ONCE)) * share
-    cached = (pieces.prefix(AT_ONCE, memory="save") + pieces.train_suffix(AT_ONCE)) * share
+    once = (pieces.rewards.encode(AT_ONCE) + pieces.rewards.reward(AT_ONCE)) * share
+    anew = once + (pieces.prefix(AT_ONCE) + pieces.rewards.train_suffix(AT_ONCE)) * share
+    cached = (pieces.prefix(AT_ONCE, memory="save") + pieces.rewards.train_suffix(AT_ONCE)) * share
     return [
         Stage("finetuning (stage 2), images encoded anew", anew * (images * epochs), images),
         Stage("finetuning (stage 2), latents and targets cached", cached * (images * epochs) + once * images, images),
