@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..backbones import DiffusionBackbone, Encoding, backbone_of
 from ..backbones.configurations import CONFIGURATIONS
 from ..backbones.hunyuan_image import HunyuanImageBackbone
-
-DTYPE = torch.bfloat16
+from ..rewards import AestheticReward, OpenClipReward, RewardModel
+from ..rewards.scalar_head import ScalarHead
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Architecture:
         block_lists: how many blocks of each kind, in running order: option of the denoiser, or for the leading blocks
             with a second attention "dual_attention_layers".
         classifier_free: the pipeline runs an unconditional branch beside the conditional one.
+        dtype: of weights and activations.
     """
 
     configuration: str
@@ -39,6 +40,7 @@ class Architecture:
     text_encoder_parameters: int
     block_lists: tuple[str, ...]
     classifier_free: bool = True
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def multiple(self) -> int:
@@ -81,7 +83,7 @@ class Architecture:
                     if name == "num_layers" and "dual_attention_layers" in self.block_lists
                     else 0
                 )
-        return build(lambda: getattr(diffusers, configuration.denoiser)(**options))
+        return build(lambda: getattr(diffusers, configuration.denoiser)(**options), self.dtype)
 
     def backbone(self, kinds: Sequence[int]) -> DiffusionBackbone:
         return counting_backbone(self.denoiser(kinds))
@@ -89,16 +91,16 @@ class Architecture:
     def autoencoder(self) -> nn.Module:
         import diffusers
 
-        return build(lambda: getattr(diffusers, self.vae)(**self.vae_options))
+        return build(lambda: getattr(diffusers, self.vae)(**self.vae_options), self.dtype)
 
     def latents(self, batch: int, resolution: int) -> Tensor:
         side = resolution // self.pixels_per_latent
         channels = self.vae_options.get("latent_channels", 16) * (4 if self.vae == "AutoencoderKLFlux2" else 1)
-        return torch.empty(batch, channels, side, side, dtype=DTYPE)
+        return torch.empty(batch, channels, side, side, dtype=self.dtype)
 
     def encoding(self, batch: int) -> Encoding:
         return {
-            name: torch.empty(batch, *shape, dtype=torch.bool if "_mask" in name else DTYPE)
+            name: torch.empty(batch, *shape, dtype=torch.bool if "_mask" in name else self.dtype)
             for name, shape in self.text.items()
         }
 
@@ -122,7 +124,7 @@ class _OneText(HunyuanImageBackbone):
         return {**call, "encoder_hidden_states_2": None, "encoder_attention_mask_2": None}
 
 
-def build(make: Callable[[], nn.Module], dtype: torch.dtype = DTYPE) -> nn.Module:
+def build(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
     """A frozen module made in a dtype: modules on fake tensors cannot be cast."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -207,26 +209,27 @@ class Tower:
     head: dict[int, tuple[int, int]] | None = None
 
     @property
+    def config(self) -> dict[str, Any]:
+        """open_clip's configuration of it, with next to no text tower."""
+        import open_clip
+
+        text = {"context_length": 4, "vocab_size": 16, "width": 32, "heads": 2, "layers": 1}
+        return {**open_clip.get_model_config(self.model), "quick_gelu": self.quick_gelu, "text_cfg": text}
+
+    @property
     def layers(self) -> int:
-        import open_clip
+        return self.config["vision_cfg"]["layers"]
 
-        return open_clip.get_model_config(self.model)["vision_cfg"]["layers"]
-
-    def build(self, layers: int):
+    def build(self, layers: int, dtype: torch.dtype) -> RewardModel:
         """The reward with so many layers and without its text tower, to be called within :func:`fake_tensors`."""
-        import open_clip
         from open_clip.model import CLIP
 
-        from ..rewards.open_clip import AestheticReward, OpenClipReward
-        from ..rewards.scalar_head import ScalarHead
-
-        config = {**open_clip.get_model_config(self.model), "quick_gelu": self.quick_gelu}
+        config = self.config
         config["vision_cfg"] = {**config["vision_cfg"], "layers": layers}
-        config["text_cfg"] = {"context_length": 4, "vocab_size": 16, "width": 32, "heads": 2, "layers": 1}
-        clip = build(lambda: CLIP(**config))
+        clip = build(lambda: CLIP(**config), dtype)
         if self.head is None:
             return OpenClipReward(clip, None, config)
-        return AestheticReward(clip, None, config, build(lambda: ScalarHead(self.head, "relu")))
+        return AestheticReward(clip, None, config, build(lambda: ScalarHead(self.head, "relu"), dtype))
 
 
 TOWERS: dict[str, Tower] = {

@@ -22,8 +22,6 @@ from .count import Cost, count, fake_tensors
 from .reward_pieces import RewardPieces, input_grad, parameters
 from .variants import add_lora, checkpointing
 
-ENTRY = 2  # bytes of a bfloat16 number
-
 
 class Pieces:
     """Costs of one combination of models.
@@ -52,24 +50,29 @@ class Pieces:
         with self.mode:
             return self.architecture.backbone(kinds)
 
+    @property
+    def entry(self) -> int:
+        """Bytes of a number."""
+        return self.architecture.dtype.itemsize
+
     # -- weights, bytes ------------------------------------------------------------------------------------------------
 
     @property
     def denoiser_bytes(self) -> int:
         buffers = sum(b.numel() for b in self._backbone(leading(self.kinds, 2)).denoiser.buffers())
-        return ENTRY * (self.architecture.parameters + buffers)
+        return self.entry * (self.architecture.parameters + buffers)
 
     @property
     def vae_bytes(self) -> int:
-        return ENTRY * parameters(self.rewards.vae)
+        return self.entry * parameters(self.rewards.vae)
 
     @property
     def rewards_bytes(self) -> int:
-        return ENTRY * self.rewards.tower_parameters
+        return self.entry * self.rewards.tower_parameters
 
     @property
     def value_bytes(self) -> int:
-        return ENTRY * self.rewards.value_parameters
+        return self.entry * self.rewards.value_parameters
 
     @cached_property
     def modulation(self) -> tuple[int, int]:
@@ -82,7 +85,7 @@ class Pieces:
         sizes, outputs = [], []
         for kinds in with_one_more(base):
             linears = [norm.linear for norm in adaln_layers(self._backbone(kinds).denoiser)]
-            sizes.append(ENTRY * sum(map(parameters, linears)))
+            sizes.append(self.entry * sum(map(parameters, linears)))
             outputs.append(sum(linear.out_features for linear in linears))
         return scaled_number(sizes, self.kinds, base), scaled_number(outputs, self.kinds, base)
 

@@ -8,7 +8,7 @@ from ..backbones.configurations import CONFIGURATIONS
 from .architectures import ARCHITECTURES, TOWERS, Architecture
 from .devices import DEVICES, Device, seconds
 from .fit import Savings, fits
-from .pieces import ENTRY, Pieces
+from .pieces import Pieces
 from .report import Plan, Row, StageRow
 from .scenarios import Scenario, Scenarios
 from .stages import finetune, search
@@ -84,9 +84,9 @@ def plan(
     else:
         scenarios = getattr(ways, method)(steps)
     card = DEVICES[device]
-    text_encoders = ENTRY * architecture.text_encoder_parameters
+    text_encoders = pieces.entry * architecture.text_encoder_parameters
     released, outputs = pieces.modulation
-    released -= ENTRY * outputs * steps * TABLE_TEXTS
+    released -= pieces.entry * outputs * steps * TABLE_TEXTS
     return Plan(
         settings={
             "backbone": backbone, "reward": list(rewards), "method": method, "resolution": resolution,

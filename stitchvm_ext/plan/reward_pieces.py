@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..rewards import RewardModel
 from ..value.stitch_layer import StitchLayer
-from .architectures import DTYPE, TOWERS, Architecture, build
+from .architectures import TOWERS, Architecture, build
 from .blocks import leading, scaled, scaled_number, with_one_more
 from .count import Cost, count, nested
 from .variants import as_written, checkpointing
@@ -39,7 +39,7 @@ class RewardPieces:
         self.base = tuple(leading((depth,), max(2, layer + 1))[0] for depth in self.depths)
         with mode:
             self.vae = architecture.autoencoder()
-            self.stitches = [build(lambda r=r: self._stitch(r)) for r in self.towers(self.base)]
+            self.stitches = [build(lambda r=r: self._stitch(r), architecture.dtype) for r in self.towers(self.base)]
         read = [stitch.read_tokens(grid) for stitch in self.stitches]
         self.tokens_read = None if any(rows is None for rows in read) else len(torch.cat(read).unique())
         self._counted: dict[tuple, Cost] = {}
@@ -48,7 +48,7 @@ class RewardPieces:
     def towers(self, layers: tuple[int, ...]) -> list[RewardModel]:
         """The rewards with so many layers each."""
         with self.mode:
-            return [TOWERS[name].build(n) for name, n in zip(self.names, layers, strict=True)]
+            return [TOWERS[name].build(n, self.architecture.dtype) for name, n in zip(self.names, layers, strict=True)]
 
     def _stitch(self, reward: RewardModel) -> StitchLayer:
         prefix = reward.num_prefix_tokens if self.layer > 1 else 0
@@ -172,7 +172,7 @@ class RewardPieces:
         return torch.empty(batch, 3, self.resolution, self.resolution)
 
     def _tokens(self, batch: int) -> Tensor:
-        return torch.empty(batch, self.grid[0] * self.grid[1], self.width, dtype=DTYPE)
+        return torch.empty(batch, self.grid[0] * self.grid[1], self.width, dtype=self.architecture.dtype)
 
 
 def _differentiated(run: Callable[[Tensor], Tensor], leaf: Tensor, grad: bool) -> Cost:
