@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 LORA_RANK = 32
 LORA_TARGETS = (
@@ -43,9 +45,12 @@ class _Adapted:
 
 @contextmanager
 def checkpointing(module: nn.Module, enabled: bool) -> Iterator[None]:
-    """diffusers' own gradient checkpointing of a denoiser's blocks or of an autoencoder's."""
+    """diffusers' own gradient checkpointing of a denoiser's blocks or of an autoencoder's, where the class knows it
+    (the autoencoders of HunyuanImage and Qwen-Image do not).
+    """
+    enabled = enabled and module._supports_gradient_checkpointing
     if enabled:
-        module.enable_gradient_checkpointing()
+        module.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))  # takes keywords too
     try:
         yield
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +21,7 @@ from stitchvm_ext.playground import models
 from stitchvm_ext.value import StitchedValue, TweedieValue
 from stitchvm_ext.value.stitch_layer import StitchLayer
 
-RESOLUTION, BATCH, DEPTH = 256, 4, 2  # activations of hundreds of MB over weights of a few
+RESOLUTION, BATCH, DEPTH = 256, 2, 2  # activations of hundreds of MB over weights of a few
 
 
 class PlaygroundTower(Tower):
@@ -70,10 +72,26 @@ def real(playground):
     condition = Condition(("",) * BATCH, other, expanded, guidance_scale=4.0)
     tweedie = object.__new__(TweedieValue)
     tweedie.backbone, tweedie.vae, tweedie.reward = backbone, vae, reward
-    return SimpleNamespace(stitched=stitched, tweedie=tweedie, latents=torch.randn(BATCH, 4, *size), condition=condition)
+    return SimpleNamespace(
+        stitched=stitched, tweedie=tweedie, latents=torch.randn(BATCH, 4, *size), condition=condition
+    )
 
 
-def measured(real, run) -> int:
+M_MMAP_THRESHOLD = -3  # of mallopt
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_allocator():
+    """Let the C library give freed tensors back at once, so that a process is as large as what is alive in it."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt") or not Path("/proc/self/statm").exists():
+        pytest.skip("needs glibc and /proc")
+    libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+    yield
+    libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+
+
+def measured(run) -> int:
     run()  # what is made once and kept
     with peak_memory() as peak:
         run()
@@ -81,7 +99,7 @@ def measured(real, run) -> int:
 
 
 def test_tweedie(scenarios, real):
-    with_gradient = measured(real, lambda: real.tweedie.branches_with_value(real.latents, 0.5, real.condition))
+    with_gradient = measured(lambda: real.tweedie.branches_with_value(real.latents, 0.5, real.condition))
     assert scenarios.tweedie(checkpoint=False, cond_only=False).peak == pytest.approx(with_gradient, rel=0.1)
 
 
@@ -89,9 +107,9 @@ def test_tweedie(scenarios, real):
 def test_stitched(scenarios, real, memory):
     real.stitched.memory = memory
     assert real.stitched.can_share(real.condition)
-    shared = measured(real, lambda: real.stitched.branches_with_value(real.latents, 0.5, real.condition))
+    shared = measured(lambda: real.stitched.branches_with_value(real.latents, 0.5, real.condition))
     assert scenarios.shared(memory).peak == pytest.approx(shared, rel=0.1)
-    own = measured(real, lambda: real.stitched.value_and_grad(real.latents, 0.5, real.condition))
+    own = measured(lambda: real.stitched.value_and_grad(real.latents, 0.5, real.condition))
     assert scenarios.value_grad(memory).peak == pytest.approx(own, rel=0.1)
 
 
