@@ -27,7 +27,7 @@ from stitchvm_ext.playground import load_pipeline, load_reward, world
 from stitchvm_ext.playground.experiments import held_out_prompts, picture_tensor
 from stitchvm_ext.playground.train import PICTURE_SEED
 from stitchvm_ext.playground.train_value import CONFIG, PROBE_PICTURES
-from stitchvm_ext.sampling.guided_sample import encode_condition
+from stitchvm_ext.sampling.encoding import encode_condition
 from stitchvm_ext.value import cache_rollouts, finetune, search_stitch
 from stitchvm_ext.value.stitching import encode_probe, untrained_value
 from stitchvm_ext.value.targets import cache_targets

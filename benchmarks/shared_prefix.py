@@ -17,7 +17,7 @@ from harness import save
 from stitchvm_ext import ValueEstimator, guided_sample
 from stitchvm_ext.playground import load_pipeline, load_value
 from stitchvm_ext.playground.experiments import held_out_prompts
-from stitchvm_ext.sampling.guided_sample import encode_condition
+from stitchvm_ext.sampling.encoding import encode_condition
 
 
 class SeparatePrefix(ValueEstimator):
@@ -70,7 +70,7 @@ def main() -> None:
         "steps": args.steps,
         "depth": stitched.depth,
         "backbone_depth": stitched.backbone.depth,
-        "denoiser_evaluations_per_image": {n: o.denoiser_evaluations / args.prompts for n, o in outputs.items()},
+        "denoiser_evaluations_per_image": {n: o.evaluations.denoiser / args.prompts for n, o in outputs.items()},
         "seconds_per_image": {name: statistics.median(times) for name, times in seconds.items()},
         "largest_relative_difference_of_one_step": one_step(pipe, stitched, values["separate"], prompts),
         "largest_difference_after_all_steps": {

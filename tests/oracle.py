@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from stitchvm_ext.backbones import Condition
+from stitchvm_ext.sampling.denoiser import Denoiser
+from stitchvm_ext.sampling.task import SamplingTask
+from stitchvm_ext.sampling.transitions import Transition, get_transition
 from stitchvm_ext.value.base import ValueEstimator
 
 
@@ -142,6 +145,8 @@ class OracleWorld:
 class OracleBackbone:
     """The part of a DiffusionBackbone that sampling uses, with the exact velocity."""
 
+    device = torch.device("cpu")
+
     def __init__(self, world: OracleWorld):
         self.world = self.denoiser = world  # estimators on one world are on one denoiser
 
@@ -167,6 +172,49 @@ class OracleValue(ValueEstimator):
         if self.kind == "expected":
             return self.world.expected_reward(z, sigma).float()
         return self.world.reward(self.world.denoised(z, sigma)).float()
+
+
+class BatchNoise:
+    """The random numbers of S samples from one generator: faster than one for each, where nobody reads them apart."""
+
+    def __init__(self, samples: int, generator: torch.Generator):
+        self.samples, self.generator = samples, generator
+
+    def rows(self, index: list[int]) -> BatchNoise:
+        return BatchNoise(len(index), self.generator)
+
+    def normal(self, shape: tuple[int, ...], particles: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(self.samples * particles, *shape, generator=self.generator, dtype=dtype)
+
+    def uniform(self, count: int) -> Tensor:
+        return torch.rand(self.samples, count, generator=self.generator, dtype=torch.float64)
+
+
+def sampling_task(
+    world: OracleWorld,
+    value: ValueEstimator | None,
+    samples: int,
+    *,
+    particles: int = 1,
+    steps: int = 10,
+    power: float = 1.0,
+    transition: str | Transition = "ode",
+    seed: int = 0,
+    **options,
+) -> SamplingTask:
+    """S samples of a world from noise; ``power`` > 1 makes the noise levels denser towards 0."""
+    backbone = OracleBackbone(world) if value is None else value.backbone
+    settings = {
+        "denoiser": Denoiser(backbone, value),
+        "sigmas": torch.linspace(1, 0, steps + 1) ** power,
+        "condition": world.condition(samples),
+        "transition": get_transition(transition),
+        "noise": BatchNoise(samples, torch.Generator().manual_seed(seed + 1)),
+        "shape": world.shape,
+        "latents": world.noise(samples * particles, seed),
+        "reward": lambda latents, condition: world.reward(world.flat(latents)),
+    }
+    return SamplingTask(**settings | options)
 
 
 def two_dimensional_world(quadratic: bool) -> OracleWorld:

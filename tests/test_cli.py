@@ -60,7 +60,7 @@ def test_info_prints_versions_and_backends(monkeypatch, capsys):
     assert __version__ in printed and all(op in printed for op in _info.OPS)
 
 
-@pytest.mark.parametrize(("command", "least"), [("search", 14), ("train", 20), ("eval", 17), ("sample", 20)])
+@pytest.mark.parametrize(("command", "least"), [("search", 14), ("train", 20), ("eval", 17), ("sample", 40)])
 def test_help_explains_every_option(monkeypatch, capsys, command, least):
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, command, "--help")
@@ -130,24 +130,30 @@ def test_eval_of_prompt_free_data(monkeypatch, tmp_path, value):
     assert "write_card: expected folders, got a/b" in message
 
 
+SAMPLE = ("sample", "--backbone", "playground", "--steps", 3, "--guidance-scale", 3, "--seed", 5)
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
 def test_sample(monkeypatch, value, tmp_path):
-    common = ("sample", "--backbone", "playground", "--steps", 3, "--guidance-scale", 3, "--seed", 5)
     prompts = ("--prompt", "a red circle", "two blue squares")
     run(
-        monkeypatch, *common, *prompts, "--value", value, "--guidance.strength", 0.5, "--guidance.schedule", "alpha",
-        "--guidance.window", 1, "None", "--images-per-prompt", 2, "--out", tmp_path / "guided",
+        monkeypatch, *SAMPLE, *prompts, "--value", value, "--dps.strength", 0.5, "--dps.schedule", "alpha",
+        "--dps.window", 1, "None", "--images-per-prompt", 2, "--out", tmp_path / "guided",
     )  # fmt: skip
-    run(monkeypatch, *common, *prompts, "--out", tmp_path / "plain")
-    guided, plain = (json.loads((tmp_path / n / "samples.json").read_text()) for n in ("guided", "plain"))
-    assert [row["prompt"] for row in guided["images"]] == ["a red circle"] * 2 + ["two blue squares"] * 2
-    assert [row["seed"] for row in guided["images"]] == [5, 6, 7, 8]
-    assert guided["settings"]["guidance"] == {
-        "strength": 0.5, "mode": "relative", "schedule": "alpha", "window": [1, None], "every": 1,
+    run(monkeypatch, *SAMPLE, *prompts, "--out", tmp_path / "plain")
+    guided, plain = (rows_of(tmp_path / n) for n in ("guided", "plain"))
+    assert [row["prompt"] for row in guided] == ["a red circle"] * 2 + ["two blue squares"] * 2
+    assert [row["seed"] for row in guided] == [5, 6, 7, 8]
+    assert json.loads((tmp_path / "guided" / "settings.json").read_text())["options"] == {
+        "strength": 0.5, "mode": "relative", "schedule": "alpha", "window": [1, None], "every": 1, "between": "none",
     }  # fmt: skip
-    for row in guided["images"]:
+    for row in guided:
         assert row["values"][0] is None and all(isinstance(v, float) for v in row["values"][1:])
-    assert plain["images"][0]["values"] == [None] * 3
-    pictures = [Image.open(tmp_path / n / "0000.png") for n in ("guided", "plain")]
+    assert plain[0]["values"] == [None] * 3
+    pictures = [Image.open(tmp_path / n / "00000.png") for n in ("guided", "plain")]
     assert pictures[0].size == (64, 64) and pictures[0].tobytes() != pictures[1].tobytes()
 
     from stitchvm_ext import guided_sample
@@ -157,7 +163,47 @@ def test_sample(monkeypatch, value, tmp_path):
         pipe, StitchedValue.from_pretrained(value, pipe), "two blue squares", num_inference_steps=3, guidance_scale=3,
         strength=0.5, schedule="alpha", window=(1, None), generator=torch.Generator().manual_seed(7), progress=False,
     )  # fmt: skip
-    assert result.values[1:, 0].tolist() == pytest.approx(guided["images"][2]["values"][1:], abs=1e-4)
+    assert result.values[1:, 0].tolist() == pytest.approx(guided[2]["values"][1:], abs=1e-4)
+
+
+def test_sample_a_prompt_file_by_every_method(monkeypatch, value, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a red circle", "seed": 40}\n{"prompt": "two blue squares"}\n')
+    methods = {
+        "fk": ("--fk.num-particles", 2, "--fk.num-proposals", 2, "--fk.proposal-window", 0.0, 0.5),
+        "dps+fk": ("--fk.num-particles", 2, "--dps.strength", 0.1),
+        "best_of_n": ("--best-of-n.num-particles", 3, "--best-of-n.keep", 1, 2),
+        "svdd": ("--svdd.num-proposals", 2),
+        "search": ("--search.proposals-per-step", 2),
+    }
+    for method, options in methods.items():
+        out = tmp_path / method
+        run(
+            monkeypatch, *SAMPLE, "--prompts", prompts, "--value", value, "--method", method, *options, "--reward",
+            "playground", "--out", out,
+        )  # fmt: skip
+        rows, settings = rows_of(out), json.loads((out / "settings.json").read_text())
+        assert [row["seed"] for row in rows] == [40, 6] and settings["method"] == method
+        assert all(isinstance(r, float) for row in rows for r in row["rewards"])
+        assert settings["reward"]["class"] == "OpenClipReward"
+        name = options[0].split(".")[1].replace("-", "_")
+        assert settings["options"][name] == options[1]
+    assert len(rows_of(tmp_path / "fk")[0]["rewards"]) == 2
+    assert settings["sigmas"][0] == 1 and len(settings["sigmas"]) == 4
+
+
+def test_sample_refuses_what_does_not_fit(monkeypatch, tmp_path):
+    common, out = (*SAMPLE, "--out", tmp_path / "out"), tmp_path / "out"
+    one = "expected either --prompt TEXT ... or --prompts FILE"
+    assert one in error_of(monkeypatch, *common)
+    assert one in error_of(monkeypatch, *common, "--prompt", "a", "--prompts", tmp_path / "p.txt")
+    assert "which is no file" in error_of(monkeypatch, *common, "--prompts", tmp_path / "p.txt")
+    message = error_of(monkeypatch, *common, "--prompt", "a", "--method", "svdd", "--fk.num-particles", 2)
+    assert "fk: expected no options of it with --method svdd" in message
+    assert not out.exists()
+    run(monkeypatch, *common, "--prompt", "a")
+    message = error_of(monkeypatch, *common, "--prompt", "b")
+    assert "give another folder: prompts[0].prompt: expected 'a', got 'b'" in message
 
 
 def test_user_errors_are_one_line(monkeypatch, photos, tmp_path):
@@ -188,7 +234,7 @@ def test_user_errors_are_one_line(monkeypatch, photos, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("dmeo",), ("sample", "--backbone", "playground", "--prompt", "a", "--guidance.strength", "-1"), ("train",)],
+    [("dmeo",), ("sample", "--backbone", "playground", "--prompt", "a", "--dps.strength", "-1"), ("train",)],
 )
 def test_bad_usage_is_refused(monkeypatch, capsys, arguments):
     with pytest.raises(SystemExit) as stop:

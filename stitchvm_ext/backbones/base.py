@@ -7,6 +7,7 @@ shared prefix) is written once, here.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -17,9 +18,12 @@ from torch import Tensor, nn
 
 from ..fused.function import Want, is_compiled
 from ..fused.fused_forward import FusedForward, fused_blocks
+from ..measure import count
+from ..offload import kept_for_backward, offload_device, partial_pass
 from . import latents as autoencoder
 from .condition import Condition, Encoding, stack_rows
 from .process import ForwardProcess, RectifiedFlow
+from .replay import map_outputs
 from .truncate import blocks_of, truncate
 
 
@@ -53,7 +57,7 @@ class DiffusionBackbone:
         self.blocks = blocks_of(denoiser)
         self.depth = len(self.blocks)
         self.process = process or RectifiedFlow()
-        self._shells: dict[int, nn.Module] = {}
+        self._shells: dict[int, tuple[dict[str, nn.Module], nn.Module]] = {}
 
     @classmethod
     def from_pipe(cls, pipe, denoiser: nn.Module) -> DiffusionBackbone:
@@ -163,7 +167,9 @@ class DiffusionBackbone:
 
     def decode_latents(self, vae, latents: Tensor) -> Tensor:
         """D(z_0): float32 images [B, 3, H, W], of video models frames [B, 3, F, H, W]; differentiable, not clamped."""
-        images = autoencoder.decode_latents(vae, latents)
+        count("decoder", len(latents))
+        with kept_for_backward(vae):
+            images = autoencoder.decode_latents(vae, latents)
         return images if self.is_video or images.ndim == 4 else images.squeeze(2)
 
     # -- written once --------------------------------------------------------------------------------------------------
@@ -174,13 +180,20 @@ class DiffusionBackbone:
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        """Where the denoiser is computed; its weights may be elsewhere meanwhile."""
+        return offload_device(self.denoiser) or next(self.denoiser.parameters()).device
 
     def null_condition(self, pipe, **options) -> Encoding:
         """One row: the empty prompt through the pipeline's text encoders (METHOD.md §2), as its unconditional branch
         reads it.
         """
         return self.encode_negative(pipe, [""], **options)
+
+    def on(self, denoiser: nn.Module) -> DiffusionBackbone:
+        """The same adapter on another denoiser of the same architecture: a view of this one, for example."""
+        other = copy.copy(self)
+        other.denoiser, other.blocks, other._shells = denoiser, blocks_of(denoiser), {}
+        return other
 
     def check_depth(self, depth: int) -> None:
         if not 1 <= depth <= self.depth:
@@ -218,11 +231,15 @@ class DiffusionBackbone:
         return h * w * (latents.shape[2] if self.is_video else 1)
 
     def truncated(self, depth: int) -> nn.Module:
-        """The shell of the first ``depth`` blocks, made once per depth."""
+        """The shell of the first ``depth`` blocks, made once per depth, and anew where a module beside the blocks has
+        been replaced: an adapter on the embedders of latents or texts replaces them.
+        """
         self.check_depth(depth)
-        if depth not in self._shells:
-            self._shells[depth] = self.truncate(self.denoiser, depth)
-        return self._shells[depth]
+        made_of, shell = self._shells.get(depth, (None, None))
+        if made_of != self.denoiser._modules:
+            shell = self.truncate(self.denoiser, depth)
+            self._shells[depth] = (dict(self.denoiser._modules), shell)
+        return shell
 
     def run_prefix(self, latents: Tensor, sigma: Tensor, encoding: Encoding, depth: int) -> Tensor:
         """Image tokens after block ``depth``; no later block runs."""
@@ -240,6 +257,7 @@ class DiffusionBackbone:
         *,
         rows: Tensor | None = None,
         memory: str = "save",
+        whole: bool = False,
     ) -> Tensor:
         """Image tokens [B, N, width] after block ``depth``: ``u_{<=i}(z_t, t)`` of METHOD.md §2.
 
@@ -250,8 +268,9 @@ class DiffusionBackbone:
             rows: int64 [R], the tokens that the caller reads; what the others hold is not defined. The last block then
                 computes no others, forward and backward, and no text stream.
             memory: what fused blocks keep for the backward, "save" or "recompute".
+            whole: compute the last block whole all the same, for a pass that goes on from there.
         """
-        return self.features_at(latents, sigma, encoding, [depth], rows=rows, memory=memory)[depth]
+        return self.features_at(latents, sigma, encoding, [depth], rows=rows, memory=memory, whole=whole)[depth]
 
     def features_at(
         self,
@@ -262,6 +281,7 @@ class DiffusionBackbone:
         *,
         rows: Tensor | None = None,
         memory: str = "save",
+        whole: bool = False,
     ) -> dict[int, Tensor]:
         """Image tokens after each of several blocks, from one pass that ends at the deepest.
 
@@ -269,8 +289,11 @@ class DiffusionBackbone:
         """
         sigma = self.check_latents(latents, sigma)
         deepest, found = self._deepest(depths), {}
-        blocks = fused_blocks(*self._prefix(deepest, rows, memory, prune=True))
-        with frozen(self.denoiser), self._taps(set(depths) - {deepest}, latents, found), blocks:
+        count("prefix", len(latents))
+        blocks = fused_blocks(*self._prefix(deepest, None if whole else rows, memory, prune=not whole))
+        offloading = partial_pass(self.denoiser, self.blocks[:deepest])
+        taps = self._taps(set(depths) - {deepest}, latents, found)
+        with frozen(self.denoiser), taps, blocks, offloading, kept_for_backward(self.denoiser, alone=True):
             found[deepest] = self.run_prefix(latents, sigma, encoding, deepest)
         return found
 
@@ -314,7 +337,8 @@ class DiffusionBackbone:
     def velocity(self, latents: Tensor, sigma: float | Tensor, encoding: Encoding) -> Tensor:
         """u_t(z_t), an estimate of ``E[eps - z_0 | z_t]`` (METHOD.md §1), like ``latents``."""
         sigma = self.check_latents(latents, sigma)
-        output = self.denoiser(**self.call_inputs(latents, sigma, encoding), return_dict=False)[0]
+        with kept_for_backward(self.denoiser):
+            output = self.denoiser(**self.call_inputs(latents, sigma, encoding), return_dict=False)[0]
         return self.process.velocity(self.unpack(output, latents), latents, sigma)
 
     def branches(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> tuple[Tensor, Tensor | None]:
@@ -378,7 +402,7 @@ class DiffusionBackbone:
         def cut(module, args, output):
             found[deepest] = self.image_tokens(output, latents, deepest)
             torch.set_grad_enabled(False)
-            return _detached(output)
+            return map_outputs(Tensor.detach, output)
 
         with torch.inference_mode(False):
             leaf = latents.detach().clone().requires_grad_()
@@ -386,7 +410,14 @@ class DiffusionBackbone:
         taps = self._taps(set(depths) - {deepest}, latents, found)
         prefix = fused_blocks(*self._prefix(deepest, rows, memory, prune=False))
         try:
-            with frozen(self.denoiser), torch.inference_mode(False), torch.enable_grad(), taps, prefix:
+            with (
+                frozen(self.denoiser),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                taps,
+                prefix,
+                kept_for_backward(self.denoiser, alone=True),
+            ):
                 output = self.denoiser(**self.call_inputs(leaf, sigma, encoding), return_dict=False)[0]
         finally:
             handle.remove()
@@ -418,18 +449,16 @@ def shift_for_tokens(config: dict[str, Any], grid: tuple[int, int], max_shift: f
 @contextmanager
 def frozen(module: nn.Module):
     """No parameter of ``module`` requires a gradient inside the block; restored afterwards."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    for p in trainable:
-        p.requires_grad_(False)
+    # By name: offloading puts other parameter objects in their place.
+    trainable = [(m, name) for m in module.modules() for name, p in m._parameters.items() if _is_trainable(p)]
+    for owner, name in trainable:
+        owner._parameters[name].requires_grad_(False)
     try:
         yield
     finally:
-        for p in trainable:
-            p.requires_grad_(True)
+        for owner, name in trainable:
+            owner._parameters[name].requires_grad_(True)
 
 
-def _detached(output):
-    """A block's output, tuples in it included, without its graph."""
-    if isinstance(output, tuple):
-        return tuple(_detached(o) for o in output)
-    return output.detach() if isinstance(output, Tensor) else output
+def _is_trainable(parameter: nn.Parameter | None) -> bool:
+    return parameter is not None and parameter.requires_grad

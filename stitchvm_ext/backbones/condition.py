@@ -17,6 +17,14 @@ Encoding = dict[str, Tensor]
 class Condition:
     """Prompts and their encodings, one row per sample.
 
+    An encoding holds what the backbone's :meth:`~DiffusionBackbone.encode_text` returns, under the same names. These
+    are the tensors that the pipeline's ``encode_prompt`` returns, so prompt embeddings made for a pipeline can be put
+    together by hand; for SD 3::
+
+        cond = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+        uncond = {"prompt_embeds": negative_prompt_embeds, "pooled_prompt_embeds": negative_pooled_prompt_embeds}
+        condition = Condition((prompt,), cond, uncond, guidance_scale=4.5)
+
     Attributes:
         prompts: B texts, which rewards score against.
         cond: encodings of the prompts, B rows each.
@@ -50,6 +58,11 @@ class Condition:
             return cond
         guided = uncond + self.guidance_scale * (cond - uncond)
         return guided if self.rescale is None else self.rescale(guided, cond)
+
+    def to(self, device: torch.device | str) -> Condition:
+        """The condition with its encodings on a device."""
+        move = lambda branch: {name: t.to(device) for name, t in branch.items()}  # noqa: E731
+        return replace(self, cond=move(self.cond), uncond=None if self.uncond is None else move(self.uncond))
 
     def rows(self, index) -> Condition:
         """The condition of some samples; ``index`` is a slice or a list of positions."""

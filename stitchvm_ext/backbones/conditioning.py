@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fused.modulation import RowLookup, TableLinear
+from ..offload import is_offloaded
 from .base import DiffusionBackbone
 from .truncate import blocks_of
 
@@ -33,7 +34,8 @@ def precompute_conditioning(pipe, sigmas, pooled_prompt_embeds: Tensor, *, relea
 
     Raises:
         TypeError: a backbone whose AdaLN layers are not known.
-        ValueError: no noise level, or pooled embeddings of another shape; or a table is installed already.
+        ValueError: no noise level, or pooled embeddings of another shape; a table is installed already; or the
+            transformer's weights are offloaded, and need no table to leave the device.
     """
     from . import backbone_of  # the registry imports the adapters, and they this package
 
@@ -41,6 +43,8 @@ def precompute_conditioning(pipe, sigmas, pooled_prompt_embeds: Tensor, *, relea
     transformer = backbone.denoiser
     if type(transformer).__name__ != "SD3Transformer2DModel":
         raise TypeError(f"pipe: expected a transformer of the SD3 family, got {type(transformer).__name__}")
+    if is_offloaded(transformer):
+        raise ValueError("pipe: expected a transformer that stays on its device, got one whose own hooks offload it")
     sigmas = torch.as_tensor(sigmas, dtype=torch.float32, device=backbone.device).flatten()
     sigmas = sigmas[sigmas > 0]
     if not len(sigmas) or bool((sigmas > 1).any()):

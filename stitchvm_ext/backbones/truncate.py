@@ -36,7 +36,7 @@ def truncate(transformer: nn.Module, depth: int) -> nn.Module:
 
     The tokens that leave the last kept block are read from ``shell.norm_out.tokens`` after a call.
     """
-    shell = _shell(transformer)
+    shell = shell_of(transformer)
     left = depth
     for name in BLOCK_LISTS:
         if name in shell._modules:
@@ -51,7 +51,7 @@ def truncate_unet(unet: nn.Module, depth: int) -> nn.Module:
     """A shell of a ``UNet2DConditionModel`` that runs its first ``depth`` down blocks and returns the feature map that
     leaves the last of them. It shares every parameter and copies none.
     """
-    shell = _shell(unet)
+    shell = shell_of(unet)
     shell._modules["down_blocks"] = nn.ModuleList(list(unet.down_blocks)[:depth])
     shell._modules["mid_block"] = None
     shell._modules["up_blocks"] = nn.ModuleList()
@@ -60,10 +60,10 @@ def truncate_unet(unet: nn.Module, depth: int) -> nn.Module:
     return shell
 
 
-def _shell(denoiser: nn.Module) -> nn.Module:
+def shell_of(module: nn.Module) -> nn.Module:
     """A copy with a module table of its own, over the same modules."""
-    shell = copy.copy(denoiser)
-    shell._modules = dict(denoiser._modules)
+    shell = copy.copy(module)
+    shell._modules = dict(module._modules)
     # A hooked or compiled original carries an instance-level forward that would run the whole model.
     shell.__dict__.pop("forward", None)
     shell.__dict__["_compiled_call_impl"] = None

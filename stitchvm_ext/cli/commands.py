@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from ..sampling import Guidance
 from ..value import FinetuneConfig
+from .methods import MethodOptions
 from .options import (
     BackboneName,
     BackboneOptions,
@@ -207,93 +205,90 @@ def evaluate(
 
 def sample(
     backbone: BackboneOptions,
-    prompt: tuple[str, ...],
     size: SizeOptions,
+    method: MethodOptions,
+    reward: OptionalRewardOptions,
+    prompt: tuple[str, ...] = (),
+    prompts: Path | None = None,
     value: str | None = None,
     out: Path = Path("stitchvm-samples"),
     negative_prompt: str = "",
     steps: int = 28,
     guidance_scale: float = 7.0,
-    transition: Literal["ode", "linear_sde", "flow_grpo"] = "ode",
+    transition: Literal["ode", "linear_sde", "flow_grpo"] | None = None,
     images_per_prompt: int = 1,
+    images_per_batch: int = 8,
     num_frames: int = 1,
     batch_size: int | None = None,
+    memory: Literal["normal", "low"] = "normal",
     seed: int = 0,
-    guidance: Guidance = Guidance(),  # noqa: B008 (frozen)
 ) -> None:
-    """Sample pictures under the gradient of a value model. Writes 0000.png, 0001.png, ... and samples.json.
+    """Sample pictures under a value model. Writes 00000.png, 00001.png, ..., samples.jsonl and settings.json.
 
-    samples.json has every picture's prompt and seed, its values V(z_t) by step, and all settings.
+    samples.jsonl has a line per picture: its prompt and seed, its values V(z_t) by step, its rewards and what it cost.
+    Interrupted, the same command goes on where it stopped. On several GPUs: torchrun --nproc-per-node 8 -m
+    stitchvm_ext.cli sample ...
 
     Args:
+        reward: the clean reward, of finished pictures, for methods that choose or weigh by it; by default the value at
+            noise level 0.
         prompt: texts, one or several.
-        value: folder of a value model, or owner/name on the Hub; without one, or with --guidance.strength 0, the
-            pipeline samples plainly.
+        prompts: instead of these a file: a text per line, or .jsonl lines with "prompt", "seed" and "negative_prompt",
+            of which the last two may be left out.
+        value: folder of a value model, or owner/name on the Hub; without one, or with --dps.strength 0, the pipeline
+            samples plainly.
         out: folder for the pictures.
-        negative_prompt: for all pictures. With the empty one the value shares the unconditional branch's blocks.
+        negative_prompt: of prompts without one of their own. With the empty one the value shares the unconditional
+            branch's blocks.
         steps: sampling steps.
         guidance_scale: classifier-free guidance, 1 for none; of FLUX the distilled guidance.
-        transition: "ode", or one of the stochastic ones.
+        transition: "ode", or one of the stochastic ones; by default what suits the method.
         images_per_prompt: pictures per text.
-        num_frames: of video models; frames become pictures of their own, 0000_000.png and so on.
-        batch_size: pictures that are sampled together; all by default.
+        images_per_batch: pictures that are sampled together, each of as many latents as the method has particles.
+        num_frames: of video models; frames become pictures of their own, 00000_000.png and so on.
+        batch_size: latents that go through the networks together; all of a batch by default.
+        memory: "low" moves to the host, or computes twice, what a small device has no room for.
         seed: of the first picture; every further one has the next.
-        guidance: how the value guides.
     """
-    import torch
-
-    from ..sampling import guided_sample
+    from ..sampling import sample_prompts
     from ..value import StitchedValue
+    from ..value.processes import processes
 
+    options = method.options()
+    texts = _prompts(prompt, prompts)
     pipe = backbone.load()
-    estimator = None if value is None else StitchedValue.from_pretrained(value, pipe)
-    prompts = [text for text in prompt for _ in range(images_per_prompt)]
-    seeds = [seed + k for k in range(len(prompts))]
-    result = guided_sample(
+    rows = sample_prompts(
         pipe,
-        estimator,
-        list(prompt),
+        None if value is None else StitchedValue.from_pretrained(value, pipe),
+        texts,
+        out,
+        images_per_prompt=images_per_prompt,
+        images_per_batch=images_per_batch,
+        seed=seed,
         negative_prompt=negative_prompt,
+        method=method.method,
+        reward=reward.load(backbone.torch_device),
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         transition=transition,
-        num_images_per_prompt=images_per_prompt,
         height=size.height,
         width=size.width,
         num_frames=num_frames,
-        generator=[torch.Generator().manual_seed(s) for s in seeds],
         batch_size=batch_size,
-        **asdict(guidance),
+        memory=memory,
+        **options,
     )
-    out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    values = [[None if v != v else v for v in of_sample] for of_sample in result.values.T.tolist()]  # NaN: not guided
-    for number, picture in enumerate(result.images):
-        frames = picture if isinstance(picture, list) else [picture]
-        names = [f"{number:04d}.png"] if len(frames) == 1 else [f"{number:04d}_{k:03d}.png" for k in range(len(frames))]
-        for name, frame in zip(names, frames, strict=True):
-            frame.save(out / name)
-        rows.append({"files": names, "prompt": prompts[number], "seed": seeds[number], "values": values[number]})
-    settings = {
-        "backbone": backbone.backbone,
-        "value": value,
-        "negative_prompt": negative_prompt,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "transition": transition,
-        "guidance": asdict(guidance),
-    }
-    document = {
-        "settings": settings,
-        "sigmas": result.sigmas.tolist(),
-        "images": rows,
-        "timings": result.timings,
-        "denoiser_evaluations": result.denoiser_evaluations,
-    }
-    partial = out / "samples.json.partial"
-    partial.write_text(json.dumps(document, indent=1))
-    partial.replace(out / "samples.json")
-    print(f"wrote {len(rows)} samples and samples.json into {out}, {result.seconds_per_image:.2f} s each")
+    if processes(pipe.device).is_main_process:
+        print(f"wrote {len(rows)} samples, samples.jsonl and settings.json into {out}")
+
+
+def _prompts(prompt: tuple[str, ...], prompts: Path | None) -> list:
+    """Those of --prompt or of the file --prompts. Raises ValueError unless one of the two was given."""
+    from ..sampling import read_prompts
+
+    if bool(prompt) == (prompts is not None):
+        raise ValueError("prompts: expected either --prompt TEXT ... or --prompts FILE")
+    return read_prompts(list(prompt) if prompt else prompts)
 
 
 def plan(

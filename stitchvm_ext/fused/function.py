@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +68,48 @@ def save(ctx, state: dict[str, Any]) -> None:
 
 def load(ctx) -> dict[str, Any]:
     return {**dict(zip(ctx.names, ctx.saved_tensors, strict=True)), **ctx.others}
+
+
+class Recomputed:
+    """Bytes that blocks at the "recompute" level do not keep for backward passes that are still to come.
+
+    Attributes:
+        peak: the most at a time.
+    """
+
+    def __init__(self):
+        self.bytes = self.peak = 0
+
+    def add(self, nbytes: int) -> None:
+        self.bytes += nbytes
+        self.peak = max(self.peak, self.bytes)
+
+
+_recomputed: ContextVar[Recomputed | None] = ContextVar("recomputed", default=None)
+
+
+@contextmanager
+def count_recomputed() -> Iterator[Recomputed]:
+    """Count within the ``with`` what "recompute" spares."""
+    token = _recomputed.set(Recomputed())
+    try:
+        yield _recomputed.get()
+    finally:
+        _recomputed.reset(token)
+
+
+def drop(ctx, state: dict[str, Any], names: Sequence[str], instead: int = 0) -> None:
+    """Take out of a state what the backward makes again; ``instead``: bytes that it keeps only for that."""
+    nbytes = sum(dropped.nbytes for name in names if (dropped := state.pop(name, None)) is not None) - instead
+    ctx.recomputed, ctx.not_kept = _recomputed.get(), nbytes  # the backward may run in another thread
+    if ctx.recomputed is not None:
+        ctx.recomputed.add(nbytes)
+
+
+def undrop(ctx) -> None:
+    """Called by the backward of a pass that dropped."""
+    if ctx.recomputed is not None:
+        ctx.recomputed.add(-ctx.not_kept)
 
 
 def named_statistics(statistics: tuple, which: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..offload import hooked_device, weights_leave
 from .function import Want, is_compiled, is_frozen, is_plain_linear
 from .joint_block import joint_block
 
@@ -40,6 +41,8 @@ class FusedForward:
             bool(joint_attention_kwargs)
             or torch.is_autocast_enabled(hidden_states.device.type)
             or (torch.is_grad_enabled() and (temb.requires_grad or not is_frozen(self.block)))
+            or weights_leave()
+            or hooked_device(self.block.attn.to_q) is not None  # offloaded by layer: there only while it is called
         )
         if plain:
             return type(self.block).forward(

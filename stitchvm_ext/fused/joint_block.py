@@ -19,6 +19,7 @@ from ..ops.residual_norm import residual_norm, residual_norm_input_grad
 from .attention import attention, attention_input_grad, select_queries
 from .function import (
     Want,
+    drop,
     linear_input_grad,
     load,
     named_statistics,
@@ -26,10 +27,12 @@ from .function import (
     save,
     select,
     statistics_of,
+    undrop,
 )
 from .modulation import Modulation, modulation
 
 MLP_KIND = KINDS["gelu_tanh"]
+RECOMPUTED = ("q", "k", "v", "q_rstd", "k_rstd", "q2", "k2", "v2", "q_rstd2", "k_rstd2", "pre")
 
 
 def joint_block(
@@ -54,6 +57,8 @@ class _JointBlock(torch.autograd.Function):
         image, text_out = forward(block, image, text, temb, want, state)
         if ctx.needs_input_grad[1] or want.memory == "recompute":
             state["text"] = text
+        if want.memory == "recompute":
+            drop(ctx, state, RECOMPUTED, instead=0 if ctx.needs_input_grad[1] else text.nbytes)
         save(ctx, state)
         ctx.block, ctx.want = block, want
         ctx.set_materialize_grads(False)
@@ -62,6 +67,8 @@ class _JointBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, text_grad):
         refuse_second_derivative()
+        if ctx.want.memory == "recompute":
+            undrop(ctx)
         image_grad, text_grad = backward(
             ctx.block, grad, text_grad, load(ctx), ctx.want, text_needs_grad=ctx.needs_input_grad[1]
         )
@@ -152,9 +159,6 @@ def forward(
         state.update(modulations=m)
         if want.rows is not None and not want.prune:
             _restrict(state, want.rows)
-        if want.memory == "recompute":
-            for name in ("q", "k", "v", "q_rstd", "k_rstd", "q2", "k2", "v2", "q_rstd2", "k_rstd2", "pre"):
-                state.pop(name, None)
     if computed is not None:
         image_out = torch.zeros_like(image).index_copy_(1, computed, image_out)
     return image_out, text_out

@@ -13,6 +13,7 @@ from ..ops.residual_norm import residual_norm, residual_norm_input_grad
 from .attention import attention, attention_input_grad
 from .function import (
     Want,
+    drop,
     is_compiled,
     is_frozen,
     is_plain_linear,
@@ -23,6 +24,7 @@ from .function import (
     save,
     select,
     statistics_of,
+    undrop,
 )
 
 ACTIVATIONS = {"QuickGELU": KINDS["quick_gelu"], "GELU": KINDS["gelu"]}
@@ -70,8 +72,7 @@ class _VitBlock(torch.autograd.Function):
         state: dict[str, Any] = {"tokens": tokens}
         out = forward(block, tokens, want, state)
         if want.memory == "recompute":
-            for name in ("q", "k", "v", "pre"):
-                del state[name]
+            drop(ctx, state, ("q", "k", "v", "pre"))
         save(ctx, state)
         ctx.block, ctx.want = block, want
         return out
@@ -79,6 +80,8 @@ class _VitBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         refuse_second_derivative()
+        if ctx.want.memory == "recompute":
+            undrop(ctx)
         return backward(ctx.block, grad, load(ctx), ctx.want), None, None
 
 

@@ -15,7 +15,8 @@ NOTES = (
     "Predictions: counted from shapes, nothing was run. FLOPs are exact; bytes of memory leave out fragmentation.",
     "Times: from the roofline (80% of the data sheet's arithmetic, 90% of its bandwidth, everything fused) to eager "
     "PyTorch at assumed rates. Published times of whole programs lie up to 2.2 times above the upper end.",
-    "Weights leave out text encoders; rewards' text towers run once per prompt and leave.",
+    "Weights are in bfloat16 and leave out text encoders; rewards' text towers run once per prompt and leave. Quantised "
+    "weights, weights streamed from the host and tiled decoding are not looked at.",
 )
 
 
@@ -123,17 +124,18 @@ class Plan:
         rows = self.rows[::-1]
         names, places = [row.name for row in rows], range(len(rows))
         colours = [{"plain": "#7f7f7f", "tweedie": "#d95f02", "stitched": "#1b9e77"}[row.group] for row in rows]
-        figure = Figure(figsize=(13, 1.4 + 0.36 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(15, 1.4 + 0.36 * len(rows)), layout="constrained")
         flops, time, memory = figure.subplots(1, 3, sharey=True)
         flops.barh(places, [row.flops_per_step / 1e12 for row in rows], color=colours)
         low, high = zip(*(row.seconds_per_step for row in rows), strict=True)
         time.barh(places, [h - lo for lo, h in zip(low, high, strict=True)], left=low, color=colours)
-        memory.barh(places, [row.weights / 1e9 for row in rows], color=colours, alpha=0.45, label="weights")
+        memory.barh(places, [row.weights / 1e9 for row in rows], color=colours, alpha=0.45)
         left = [row.weights / 1e9 for row in rows]
-        memory.barh(places, [row.activations / 1e9 for row in rows], left=left, color=colours, label="activations")
-        flops.set(title="TFLOP per step", yticks=places, yticklabels=names)
-        time.set(title=f"seconds per step on {self.settings['device']}, roofline to eager (predicted)", xlim=(0, None))
-        memory.set(title="peak memory, GB: weights (pale), activations")
+        memory.barh(places, [row.activations / 1e9 for row in rows], left=left, color=colours)
+        unit = "iteration" if self.settings["method"] in ("nft", "draft") else "step"
+        flops.set(title=f"TFLOP per {unit}", yticks=places, yticklabels=names)
+        time.set(title=f"predicted seconds per {unit}, {self.settings['device']}", xlim=(0, None))
+        memory.set(title="peak GB; weights are pale")
         for ax in (flops, time, memory):
             ax.grid(axis="x", alpha=0.3)
         partial = path.with_name(path.name + ".partial")

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .base import RewardModel, RewardOutput
 
 CACHED_PROMPTS = 4096
-TEXT_BATCH = 256
 
 
 class TextEncoder:
@@ -51,12 +50,10 @@ class TextEncoder:
         found = {p: self.cache[p] for p in prompts if p in self.cache}
         if missing and self.tower is None:
             self._load()
-        for start in range(0, len(missing), TEXT_BATCH):
-            batch = missing[start : start + TEXT_BATCH]
-            # Never as inference tensors: autograd may save them in a later call.
-            with torch.inference_mode(False), torch.no_grad():
-                rows = F.normalize(self.tower.to(device)(batch).float(), dim=-1).cpu()
-            found.update(zip(batch, rows.unbind(), strict=True))
+        # Never as inference tensors: autograd may save them in a later call.
+        with torch.inference_mode(False), torch.no_grad():
+            for prompt in missing:  # alone: in a batch its last bits would depend on what happened to be cached before
+                found[prompt] = F.normalize(self.tower.to(device)([prompt]).float(), dim=-1).cpu()[0]
         for p in found:
             self.cache[p] = found[p]
             self.cache.move_to_end(p)

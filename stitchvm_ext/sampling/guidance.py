@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 MODES = ("relative", "score", "raw")
+BETWEEN = ("none", "last")
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda sigma: 1.0,
@@ -38,7 +39,9 @@ class Guidance:
         schedule: weight over the noise level: a name in ``SCHEDULES`` or a callable from sigma in [0, 1] to a finite
             number >= 0. Steps of weight 0 are not guided and cost no value evaluation.
         window: half-open range (first, end) of step indices that may be guided; an end of None means the last step.
-        every: guide the window's first step and every ``every``-th after it.
+        every: ask for a gradient at the window's first step and every ``every``-th after it.
+        between: what the window's other steps do: "none" is not guided, "last" goes on with the latest gradient, at the
+            strength that the step itself has. Neither evaluates the value.
     """
 
     strength: float = 0.2
@@ -46,6 +49,7 @@ class Guidance:
     schedule: str | Callable[[float], float] = "constant"
     window: tuple[int, int | None] = (0, None)
     every: int = 1
+    between: str = "none"
 
     def __post_init__(self):
         if isinstance(self.strength, bool) or not isinstance(self.strength, (int, float)):
@@ -62,6 +66,8 @@ class Guidance:
             )
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"every: expected an integer >= 1, got {self.every!r}")
+        if self.between not in BETWEEN:
+            raise ValueError(f"between: expected one of {list(BETWEEN)}, got {self.between!r}")
 
     def weight(self, sigma: float) -> float:
         """The schedule's w at a noise level. ValueError where a callable yields a negative or non-finite number."""
@@ -72,12 +78,33 @@ class Guidance:
         return weight
 
     def is_active(self, step: int, sigma: float) -> bool:
-        """Whether step number ``step``, which starts at noise level ``sigma``, is guided."""
+        """Whether step number ``step``, which starts at noise level ``sigma``, asks for a gradient and is guided."""
+        return (step - self.window[0]) % self.every == 0 and self._is_open(step, sigma)
+
+    def goes_on(self, step: int, sigma: float) -> bool:
+        """Whether a step that asks for no gradient is guided by the latest one."""
+        return self.between == "last" and self._is_open(step, sigma)
+
+    def _is_open(self, step: int, sigma: float) -> bool:
         first, end = self.window
-        in_window = first <= step and (end is None or step < end) and (step - first) % self.every == 0
-        if not in_window or self.strength == 0 or (self.mode == "score" and sigma >= 1):
+        if not (first <= step and (end is None or step < end)):
+            return False
+        if self.strength == 0 or (self.mode == "score" and sigma >= 1):
             return False
         return self.weight(sigma) > 0
+
+    def check_task(self, task) -> None:
+        """Raises ValueError for a schedule that is not guided at any step."""
+        self.check_schedule(task.sigmas)
+
+    def check_schedule(self, sigmas: Tensor) -> None:
+        """Raises ValueError if there is a strength and no step of a schedule [T+1] that it guides."""
+        steps = list(enumerate(sigmas[:-1].tolist()))
+        if self.strength > 0 and not any(self.is_active(step, sigma) for step, sigma in steps):
+            raise ValueError(
+                f"window, schedule: expected at least one guided step out of {len(steps)}, got none with window "
+                f"{self.window} and schedule {self.schedule!r}"
+            )
 
     def amount(self, sigma: float) -> float:
         """c at a noise level; in relative mode without the norms' ratio."""

@@ -1,79 +1,93 @@
-"""``guided_sample``: from prompts to images under the gradient of a value estimator."""
+"""``guided_sample``: from prompts to images under a value estimator, by any of the inference-time methods."""
 
 from __future__ import annotations
 
-import time
+import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backbones import Condition, DiffusionBackbone, Encoding, backbone_of, stack_rows
+from ..backbones import Condition, DiffusionBackbone, backbone_of
 from ..backbones.base import frozen
 from ..backbones.distilled import warn_if_few_step
-from ..backbones.identity import check_latent_space, latent_space
-from ..fused.step_graph import StepGraph
-from ..value import StitchedValue
-from ..value.base import ValueEstimator
-from .checks import as_prompts, check_count, check_guidance_scale
-from .dps import sample_dps
-from .guidance import Guidance
+from ..measure import Evaluations, Stopwatch, count_evaluations
+from ..rewards.base import RewardModel
+from ..rewards.sum import RewardSum
+from ..value.base import ValueEstimator, score_images
+from .checks import as_prompts, check_count, check_guidance_scale, check_value
+from .denoiser import Denoiser
+from .encoding import as_condition, as_negative_prompts, encode_condition, split_guidance, text_options_of
 from .hook import is_guided
-from .noise import NoiseSource, draw_all, per_sample_generators
+from .memory import LEVELS, MemoryReport, MemorySaving, low_memory, tiled_decode
+from .methods import get_method, make_options
+from .noise import Noise, per_sample_generators
 from .schedule import pipeline_sigmas
-from .transitions import Transition, get_transition, ode
+from .task import SamplingTask
+from .transitions import Transition, get_transition
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 
 
 @dataclass
 class GuidedSampleOutput:
-    """What :func:`guided_sample` returns for B samples in T steps.
+    """What :func:`guided_sample` returns for B samples of K particles in T steps.
 
     Attributes:
         images: B PIL images; for "pt" a tensor [B, 3, H, W] and for "np" an array [B, H, W, 3], both in [0, 1]; for
             "latent" the latents. Of video models B lists of F images, [B, F, 3, H, W] and [B, F, H, W, 3].
         latents: final latents, float32 [B, C, h, w] (video: [B, C, T, h, w]), in flow coordinates.
-        values: V(z_t, t) before each step, float32 [T, B] on the CPU; NaN at steps that were not guided.
-        sigmas: noise levels, float32 [T+1]; ``values[k]`` was taken at ``sigmas[k]``.
+        values: float32 [T, B] on the CPU: the latest value that a step asked for, of z_t before the step (at
+            ``sigmas[k]``) where its gradient guides, the mean of the particles' after it elsewhere; NaN where none was.
+        sigmas: noise levels, float32 [T+1].
+        rewards: of the particles, float32 [B, K]; NaN where a method needs none and no reward was given.
+        particles: latents of all particles [B, K, ...].
+        log_weights: float64 [B, K], of particle methods, 0 elsewhere.
+        log_evidence: float64 [B]: log of an unbiased estimate of ``E exp(scale reward)``, by "fk" with a scale and one
+            proposal per particle; NaN elsewhere.
         timings: wall-clock seconds by phase ("encode", "sample", "decode") and in all ("total").
-        denoiser_evaluations: forward passes of the whole denoiser for one sample each, counted at its blocks: half
-            of its blocks run for one sample count 0.5. Backward passes are not counted.
-        guided_steps: steps at which the value was evaluated.
+        evaluations: how often the denoiser, a prefix by itself, the value and the decoder ran.
+        memory_report: what the measures of ``memory="low"`` spared, each with a note; empty otherwise.
     """
 
     images: Any
     latents: Tensor
     values: Tensor
     sigmas: Tensor
-    timings: dict[str, float] = field(default_factory=dict)
-    denoiser_evaluations: float = 0.0
-    guided_steps: int = 0
+    rewards: Tensor
+    particles: Tensor = field(repr=False)
+    log_weights: Tensor
+    log_evidence: Tensor
+    timings: dict[str, float]
+    evaluations: Evaluations
+    memory_report: list[MemorySaving] = field(default_factory=list)
 
     @property
     def seconds_per_image(self) -> float:
         return self.timings["total"] / len(self.latents)
 
+    @property
+    def valued_steps(self) -> int:
+        """Steps at which the value was asked."""
+        return int((~self.values.isnan()).any(1).sum())
+
 
 def guided_sample(
     pipe,
     value: ValueEstimator | None,
-    prompt: str | list[str],
+    prompt: str | list[str] | None = None,
     *,
+    condition: Condition | None = None,
+    method: str = "dps",
+    reward: RewardModel | RewardSum | None = None,
     negative_prompt: str | list[str] = "",
     num_inference_steps: int = 28,
     guidance_scale: float = 7.0,
     true_cfg_scale: float = 1.0,
-    strength: float = Guidance.strength,
-    mode: str = Guidance.mode,
-    schedule: str | Callable[[float], float] = Guidance.schedule,
-    window: tuple[int, int | None] = Guidance.window,
-    every: int = Guidance.every,
-    transition: str | Transition = "ode",
+    transition: str | Transition | None = None,
     num_images_per_prompt: int = 1,
     height: int | None = None,
     width: int | None = None,
@@ -82,10 +96,19 @@ def guided_sample(
     latents: Tensor | None = None,
     batch_size: int | None = None,
     max_sequence_length: int | None = None,
+    memory: str = "normal",
     output_type: str = "pil",
     progress: bool = True,
+    **options,
 ) -> GuidedSampleOutput:
-    """Sample a pipeline's images under value-gradient guidance (DPS, METHOD.md §5).
+    """Sample a pipeline's images under a value estimator, by one of the inference-time methods (METHOD.md §5).
+
+    - ``method="dps"``: the value's gradient bends every step (:class:`~stitchvm_ext.sampling.Guidance`);
+    - ``"fk"``: particles, weighed and resampled, optionally with several proposals each
+      (:class:`~stitchvm_ext.sampling.FK`); ``"dps+fk"``: these with guided proposals, corrected for in the weights;
+    - ``"best_of_n"``: several samples, the best is kept (:class:`~stitchvm_ext.sampling.BestOfN`);
+    - ``"svdd"``: one latent, the best of several proposals at every step (:class:`~stitchvm_ext.sampling.SVDD`);
+    - ``"search"``: proposals until one improves the value, within a budget (:class:`~stitchvm_ext.sampling.Search`).
 
     The pipeline's own text encoders, noise levels, classifier-free guidance and autoencoder are used; with
     ``value=None`` or ``strength=0``, and ``transition="ode"``, the result is the pipeline's own with a first-order
@@ -94,37 +117,52 @@ def guided_sample(
 
     Args:
         pipe: a diffusers pipeline whose transformer or U-Net has a backbone adapter.
-        value: any estimator on this pipeline's denoiser; None samples without guidance. A stitched value may also be
-            one on another backbone with the same latent space (SD 3.5 Medium's for Large), which runs beside it.
+        value: any estimator on this pipeline's denoiser; None samples without one. A stitched value may also be one on
+            another backbone with the same latent space (SD 3.5 Medium's for Large), which runs beside it.
         prompt: P texts; B = P * num_images_per_prompt samples, those of one prompt next to each other.
+        condition: in place of prompts, their encodings: of :func:`encode_prompts`, or a
+            :class:`~stitchvm_ext.backbones.Condition` of prompt embeddings. It brings its own prompts, negative prompts
+            and guidance scale, which are not given beside it, and the pipeline needs no text encoder.
+        reward: scores the finished images: the exact last weight of "fk", the choice of "best_of_n". Without one the
+            value is asked at noise level 0; a Tweedie or Monte-Carlo value is the reward there.
         negative_prompt: one text for all or one per prompt. With "" (the null text) a stitched value shares its
             backbone prefix with the unconditional branch.
         num_inference_steps: T.
         guidance_scale: classifier-free guidance; at most 1 means none. Models with distilled guidance (FLUX) take it as
             an input instead, as their pipelines do.
         true_cfg_scale: classifier-free guidance of those models, 1 for none.
-        strength, mode, schedule, window, every: see :class:`~stitchvm_ext.sampling.Guidance`.
-        transition: "ode", "linear_sde" or "flow_grpo", or a callable of their signature.
+        transition: "ode", "linear_sde" or "flow_grpo", or a callable of their signature; by default "ode" for "dps" and
+            "best_of_n", "flow_grpo" for the others, whose particles need noise to differ.
         height, width: image size in pixels; by default the pipeline's.
         num_frames: of video models.
         generator: B generators, one per sample, or one: the first sample then uses it as it is, the others generators
             seeded from it. Without one, seeds come from torch's global generator.
-        latents: initial noise [B, C, h, w] in place of generated noise.
-        batch_size: samples that are denoised, and decoded, together; all by default.
+        latents: initial noise [B * K, C, h, w] in place of generated noise, K the number of particles.
+        batch_size: latents that are denoised, valued or decoded together; all by default.
         max_sequence_length: rows of the text encoding. By default what the value's null text was encoded with, else the
             backbone's default.
+        memory: "low" moves the text encoders to the host once they have run, reads the modulation of SD 3 from a table
+            and moves its weights away, computes some activations for the gradient twice, and decodes a sample and a
+            tile at a time. Where a measure does not apply it is left out; ``memory_report`` says so, and what the
+            others spared. All is as before afterwards. Images differ by rounding, and where a tile is smaller than
+            the image, a little at its edges. "normal" does none of it.
         output_type: "pil", "pt", "np" or "latent".
         progress: show a bar.
+        options: of the method: for "dps" ``strength``, ``mode``, ``schedule``, ``window``, ``every``, ``between``.
 
     Raises:
         TypeError, ValueError: bad input, before any work.
         FloatingPointError: non-finite values; names the step and the tensor.
     """
-    guidance = Guidance(strength, mode, schedule, tuple(window) if isinstance(window, list) else window, every)
-    step = get_transition(transition)
+    chosen, settings = get_method(method), make_options(method, options)
+    step = get_transition(chosen.transition if transition is None else transition)
     backbone = backbone_of(pipe)
-    prompts = as_prompts("prompt", prompt)
-    negatives = _negative_prompts(negative_prompt, len(prompts))
+    if condition is None:
+        prompts = as_prompts("prompt", prompt)
+        negatives = as_negative_prompts(negative_prompt, len(prompts))
+    else:
+        _check_alone(condition, prompt, negative_prompt, guidance_scale, true_cfg_scale, max_sequence_length)
+        prompts = list(condition.prompts)
     check_count("num_inference_steps", num_inference_steps)
     check_count("num_images_per_prompt", num_images_per_prompt)
     if batch_size is not None:
@@ -133,106 +171,95 @@ def guided_sample(
     check_guidance_scale(true_cfg_scale)
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type: expected one of {list(OUTPUT_TYPES)}, got {output_type!r}")
-    prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
-    negatives = [p for p in negatives for _ in range(num_images_per_prompt)]
-    shape = _latent_shape(pipe, backbone, len(prompts), height, width, num_frames, latents)
-    _check_value(value, pipe, backbone, shape)
+    if memory not in LEVELS:
+        raise ValueError(f"memory: expected one of {list(LEVELS)}, got {memory!r}")
+    of_sample = [p for p in range(len(prompts)) for _ in range(num_images_per_prompt)]
+    particles = getattr(settings, "num_particles", 1)
+    shape = _latent_shape(pipe, backbone, len(of_sample) * particles, height, width, num_frames, latents)
+    check_value(value, pipe, backbone, shape)
+    _check_scorers(method, value, reward)
     if value is not None:
         warn_if_few_step(pipe, backbone.denoiser)
     if is_guided(backbone.denoiser):
         raise ValueError(
             "pipe: its denoiser is guided by apply_value_guidance; call remove_value_guidance(transformer) first"
         )
-    text_options = _text_options(backbone, value, max_sequence_length)
-    cfg_scale, text_options = split_guidance(backbone, guidance_scale, true_cfg_scale, text_options)
-    batch_size = batch_size or len(prompts)
-    chunks = [slice(first, first + batch_size) for first in range(0, len(prompts), batch_size)]
-    sources = [NoiseSource(g, backbone.device) for g in per_sample_generators(generator, len(prompts))]
+    if condition is None:
+        text_options = text_options_of(backbone, value, max_sequence_length)
+        cfg_scale, text_options = split_guidance(backbone, guidance_scale, true_cfg_scale, text_options)
+    else:
+        condition = as_condition(backbone, condition, shape[1:])
     sigmas = pipeline_sigmas(pipe, backbone, num_inference_steps, shape[-2:])
+    if latents is not None:
+        latents = backbone.process.flow_latents(latents.to(backbone.device, torch.float32), sigmas[:1])
 
-    clock = Stopwatch(backbone.device)
-    with (
-        torch.inference_mode(False),  # a caller's inference mode would leave no way to a gradient
-        frozen(backbone.denoiser),
-        frozen(pipe.vae),
-        backbone.fused(),
-        count_block_rows(backbone) as rows,
-        clock("total"),
-    ):
-        with clock("encode"):
-            condition = encode_condition(pipe, backbone, prompts, negatives, cfg_scale, text_options)
-        with clock("sample"):
-            if latents is None:
-                latents = draw_all(sources, shape[1:], torch.float32 if backbone.float32_noise else backbone.dtype)
-            latents = backbone.process.flow_latents(latents.to(backbone.device, torch.float32), sigmas[:1])
-            with progress_bar(len(chunks) * num_inference_steps, progress) as bar:
-                done = [
-                    sample_dps(
-                        backbone,
-                        value,
-                        latents[chunk],
-                        sigmas,
-                        condition.rows(chunk),
-                        guidance=guidance,
-                        transition=step,
-                        noise=None if step is ode else partial(draw_all, sources[chunk], shape[1:]),
-                        on_step=bar.update,
-                    )
-                    for chunk in chunks
-                ]
-            latents = torch.cat([z for z, _ in done])
-            values = torch.cat([v for _, v in done], dim=1).cpu()
-        with clock("decode"):
-            images = latents if output_type == "latent" else decode(pipe, backbone, latents, chunks, output_type)
+    report = MemoryReport(backbone.device)
+
+    def to_images(latents: Tensor) -> Tensor:
+        with tiled_decode(pipe.vae, latents, report) if memory == "low" else nullcontext():
+            return backbone.decode_latents(pipe.vae, latents).clamp(0, 1)
+
+    with progress_bar(num_inference_steps, progress) as bar:
+        task = SamplingTask(
+            denoiser=Denoiser(backbone, value, batch_size),
+            sigmas=sigmas,
+            condition=Condition(tuple(prompts[p] for p in of_sample), {}),  # encoded below, after the checks
+            transition=step,
+            noise=Noise(per_sample_generators(generator, len(of_sample)), backbone.device),
+            shape=shape[1:],
+            latents=latents,
+            reward=None if reward is None else _scorer(to_images, reward, batch_size),
+            on_step=bar.update,
+        )
+        if value is not None:
+            settings.check_task(task)
+        clock = Stopwatch(backbone.device)
+        with (
+            torch.inference_mode(False),  # a caller's inference mode would leave no way to a gradient
+            frozen(backbone.denoiser),
+            frozen(pipe.vae),
+            _model_hooks_freed(pipe),
+            backbone.fused(),
+            count_evaluations(backbone) as evaluations,
+            clock("total"),
+        ):
+            with clock("encode"):
+                if condition is None:
+                    condition = encode_condition(pipe, backbone, prompts, negatives, cfg_scale, text_options)
+                task = replace(task, condition=condition.rows(of_sample))
+            with (
+                low_memory(pipe, backbone, value, sigmas, task.condition, report) if memory == "low" else nullcontext()
+            ):
+                with clock("sample"):
+                    result = chosen.sample(task, settings)
+                    if reward is not None and result.rewards.isnan().all():
+                        result.rewards = task.rewards(result.latents, task.condition).cpu()[:, None]
+                with clock("decode"):
+                    images = result.latents
+                    if output_type != "latent":
+                        images = decode(to_images, result.latents, batch_size, output_type)
     return GuidedSampleOutput(
         images=images,
-        latents=latents,
-        values=values,
+        latents=result.latents,
+        values=result.values,
         sigmas=sigmas,
+        rewards=result.rewards,
+        particles=result.particles,
+        log_weights=result.log_weights,
+        log_evidence=result.log_evidence,
         timings=clock.seconds,
-        denoiser_evaluations=rows.count / len(backbone.blocks),
-        guided_steps=int((~values.isnan()).any(1).sum()),
+        evaluations=evaluations,
+        memory_report=list(report.savings.values()),
     )
 
 
-# -- the phases --------------------------------------------------------------------------------------------------------
-
-
-def split_guidance(
-    backbone: DiffusionBackbone, guidance_scale: float, true_cfg_scale: float, text_options: dict
-) -> tuple[float, dict]:
-    """The scale of classifier-free guidance, and the text options, in which models with distilled guidance have
-    ``guidance_scale``.
-    """
-    if not backbone.distilled_guidance:
-        return float(guidance_scale), text_options
-    return float(true_cfg_scale), {**text_options, "guidance": float(guidance_scale)}
-
-
-def encode_condition(
-    pipe, backbone: DiffusionBackbone, prompts: list[str], negatives: list[str], guidance_scale: float, options: dict
-) -> Condition:
-    """Encodings of prompts and, for guidance_scale > 1, negative prompts, a row each.
-
-    Each distinct text is encoded once and alone: in a batch its encoding would depend, in the last bits, on the other
-        texts.
-    """
-
-    def rows(texts: list[str], encode: Callable[..., Encoding]) -> Encoding:
-        encoded = {text: encode(pipe, [text], **options) for text in dict.fromkeys(texts)}
-        return stack_rows([encoded[text] for text in texts])
-
-    uncond = rows(negatives, backbone.encode_negative) if guidance_scale > 1 else None
-    cond = rows(prompts, backbone.encode_text)
-    return Condition(tuple(prompts), cond, uncond, guidance_scale, backbone.rescale_guidance)
-
-
 @torch.no_grad()
-def decode(pipe, backbone: DiffusionBackbone, latents: Tensor, chunks: list[slice], output_type: str):
-    """Images of latents by the pipeline's autoencoder; of a video model a list of frames or one more dimension each."""
+def decode(to_images: Callable[[Tensor], Tensor], latents: Tensor, batch_size: int | None, output_type: str):
+    """Images of latents, so many at a time; of a video model a list of frames or one more dimension each."""
     from diffusers.image_processor import VaeImageProcessor
 
-    images = torch.cat([backbone.decode_latents(pipe.vae, latents[chunk]) for chunk in chunks]).clamp(0, 1)
+    parts = latents.split(batch_size or len(latents))
+    images = torch.cat([to_images(part) for part in parts])
     if images.ndim == 5:
         images = images.transpose(1, 2)  # [B, F, 3, H, W]
     if output_type == "pt":
@@ -245,70 +272,48 @@ def decode(pipe, backbone: DiffusionBackbone, latents: Tensor, chunks: list[slic
 
 
 @contextmanager
-def progress_bar(total: int, show: bool) -> Iterator[Any]:
+def _model_hooks_freed(pipe) -> Iterator[None]:
+    """At the end, as at the end of a pipeline's own call: models that enable_model_cpu_offload fetched go back."""
+    try:
+        yield
+    finally:
+        pipe.maybe_free_model_hooks()
+
+
+def progress_bar(total: int, show: bool):
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc="guided_sample", unit="step", disable=not show) as bar:
-        yield bar
+    return tqdm(total=total, desc="guided_sample", unit="step", disable=not show)
 
 
-class Stopwatch:
-    """Adds up wall-clock seconds by phase; waits for the device at both ends of a phase."""
+def _scorer(to_images: Callable[[Tensor], Tensor], reward: RewardModel | RewardSum, batch_size: int | None):
+    """Rewards [B] of finished latents under a condition."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seconds: dict[str, float] = {}
+    @torch.no_grad()
+    def score(latents: Tensor, condition: Condition) -> Tensor:
+        size, scores = batch_size or len(latents), []
+        for first in range(0, len(latents), size):
+            images = to_images(latents[first : first + size])
+            scores.append(score_images(reward, images, condition.prompts[first : first + size]))
+        return torch.cat(scores)
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    @contextmanager
-    def __call__(self, phase: str):
-        start = self._now()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + self._now() - start
-
-
-class _Rows:
-    count = 0
-
-
-@contextmanager
-def count_block_rows(backbone: DiffusionBackbone) -> Iterator[_Rows]:
-    """Count the samples that pass through each of the denoiser's blocks, whoever calls them."""
-    rows = _Rows()
-
-    def add(module, args, kwargs):
-        rows.count += len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-
-    def add_replay(batch: int):  # hooks do not run inside a CUDA graph
-        rows.count += batch * len(backbone.blocks)
-
-    handles = [block.register_forward_pre_hook(add, with_kwargs=True) for block in backbone.blocks]
-    graph = backbone.denoiser.__dict__.get("forward")
-    if isinstance(graph, StepGraph):
-        graph.on_replay = add_replay
-    try:
-        yield rows
-    finally:
-        if isinstance(graph, StepGraph):
-            graph.on_replay = None
-        for handle in handles:
-            handle.remove()
+    return score
 
 
 # -- validation --------------------------------------------------------------------------------------------------------
 
 
-def _negative_prompts(negative_prompt, count: int) -> list[str]:
-    if isinstance(negative_prompt, str):
-        return [negative_prompt] * count
-    negatives = as_prompts("negative_prompt", negative_prompt)
-    if len(negatives) != count:
-        raise ValueError(f"negative_prompt: expected one text or {count}, one per prompt, got {len(negatives)}")
-    return negatives
+def _check_alone(condition, prompt, negative_prompt, guidance_scale, true_cfg_scale, max_sequence_length) -> None:
+    if not isinstance(condition, Condition):
+        raise TypeError(f"condition: expected a Condition, got {type(condition).__name__}")
+    given = {"prompt": prompt, "negative_prompt": negative_prompt or None, "max_sequence_length": max_sequence_length}
+    for name, entry in given.items():
+        if entry is not None:
+            raise ValueError(f"{name}: expected none beside a condition, which is encoded already, got {entry!r}")
+    defaults = inspect.signature(guided_sample).parameters
+    for name, scale in (("guidance_scale", guidance_scale), ("true_cfg_scale", true_cfg_scale)):
+        if scale not in (defaults[name].default, condition.guidance_scale):
+            raise ValueError(f"{name}: expected the condition's own, {condition.guidance_scale:g}, got {scale!r}")
 
 
 def _latent_shape(pipe, backbone: DiffusionBackbone, count: int, height, width, num_frames, latents) -> tuple[int, ...]:
@@ -339,32 +344,9 @@ def _latent_shape(pipe, backbone: DiffusionBackbone, count: int, height, width, 
     return shape
 
 
-def _check_value(value, pipe, backbone: DiffusionBackbone, shape: tuple[int, ...]) -> None:
-    if value is None:
-        return
-    if not isinstance(value, ValueEstimator):
-        raise TypeError(f"value: expected a ValueEstimator or None, got {type(value).__name__}")
-    if value.backbone.denoiser is not backbone.denoiser:
-        if not isinstance(value, StitchedValue):
-            raise ValueError(
-                "value: expected a StitchedValue, or an estimator on this pipeline's own denoiser, got "
-                f"{type(value).__name__} on another {type(value.backbone.denoiser).__name__}"
-            )
-        if value.prompt_conditioned:
-            raise ValueError("value: a prompt-conditioned value reads the text encoding of its own pipeline only")
-        check_latent_space(value.latent_space, latent_space(backbone, pipe))
-    if hasattr(value, "check_latent_size"):
-        value.check_latent_size(shape[-2:])
-
-
-def _text_options(backbone: DiffusionBackbone, value, max_sequence_length) -> dict:
-    if max_sequence_length is None:
-        own = value is not None and value.backbone.denoiser is backbone.denoiser
-        return dict(getattr(value, "text_options", {}) if own else {})
-    if isinstance(max_sequence_length, bool) or not isinstance(max_sequence_length, int):
-        raise TypeError(f"max_sequence_length: expected an integer, got {type(max_sequence_length).__name__}")
-    if "max_sequence_length" not in backbone.text_options:
-        raise ValueError(f"max_sequence_length: expected None, the text length of {type(backbone).__name__} is fixed")
-    if not 0 <= max_sequence_length <= 512:
-        raise ValueError(f"max_sequence_length: expected 0..512, got {max_sequence_length}")
-    return {"max_sequence_length": max_sequence_length}
+def _check_scorers(method: str, value, reward) -> None:
+    if reward is not None and not isinstance(reward, RewardModel | RewardSum):
+        raise TypeError(f"reward: expected a RewardModel, a RewardSum or None, got {type(reward).__name__}")
+    if value is None and method != "dps" and (method != "best_of_n" or reward is None):
+        wanted = "an estimator, or a reward," if method == "best_of_n" else "an estimator"
+        raise ValueError(f"value: expected {wanted} for method {method!r}, got None")

@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class NoiseSource:
-    """One sample's generator, and the device on which its noise is wanted."""
+class Noise:
+    """The random numbers of S samples, each from a generator of its own, however many particles a sample has.
 
-    generator: torch.Generator
-    device: torch.device
+    They are drawn where the generator lives: a CPU generator's are the same on every device.
 
-    def draw(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standard normal noise, drawn where the generator lives: a CPU generator's is the same on every device."""
-        noise = torch.randn(shape, generator=self.generator, device=self.generator.device, dtype=dtype)
-        return noise.to(self.device)
+    Args:
+        generators: S of them.
+        device: where the numbers are wanted.
+    """
 
+    def __init__(self, generators: Sequence[torch.Generator], device: torch.device):
+        self.generators, self.device = list(generators), device
 
-def draw_all(sources: list[NoiseSource], shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Noise [B, *shape], a row from each source."""
-    return torch.cat([source.draw((1, *shape), dtype) for source in sources])
+    def __len__(self) -> int:
+        return len(self.generators)
+
+    def rows(self, index) -> Noise:
+        """That of some samples; ``index`` is a slice or a list of positions."""
+        chosen = self.generators[index] if isinstance(index, slice) else [self.generators[k] for k in index]
+        return Noise(chosen, self.device)
+
+    def normal(self, shape: tuple[int, ...], particles: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal noise [S * particles, *shape]; the particles of a sample stand next to each other, the first
+        one gets what it would get alone.
+        """
+        drawn = [
+            torch.randn((1, *shape), generator=g, device=g.device, dtype=dtype).to(self.device)
+            for g in self.generators
+            for _ in range(particles)
+        ]
+        return torch.cat(drawn)
+
+    def uniform(self, count: int) -> Tensor:
+        """Uniform numbers in [0, 1), float64 [S, count] on the CPU."""
+        drawn = [torch.rand(count, generator=g, device=g.device, dtype=torch.float64).cpu() for g in self.generators]
+        return torch.stack(drawn)
 
 
 def per_sample_generators(

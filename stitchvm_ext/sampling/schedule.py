@@ -31,17 +31,11 @@ def pipeline_sigmas(pipe, backbone: DiffusionBackbone, num_inference_steps: int,
         TypeError: the scheduler's noise levels are not those of a rectified flow, and the backbone is one.
         ValueError: its noise levels do not decrease from within (0, 1] to 0.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     scheduler = copy.deepcopy(pipe.scheduler)
     options = backbone.timestep_options(scheduler.config, num_inference_steps, tuple(latent_hw))
     is_ddpm = isinstance(backbone.process, DDPM)
-    is_flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.get("use_flow_sigmas")
-    if not is_ddpm and not is_flow:
-        raise TypeError(
-            "pipe.scheduler: expected a flow-matching scheduler (FlowMatchEulerDiscreteScheduler, or one with "
-            f"use_flow_sigmas), got {type(scheduler).__name__}"
-        )
+    if not is_ddpm:
+        check_flow_scheduler(scheduler)
     if "sigmas" not in options:
         options["num_inference_steps"] = num_inference_steps
     scheduler.set_timesteps(**options, device="cpu")
@@ -55,3 +49,14 @@ def pipeline_sigmas(pipe, backbone: DiffusionBackbone, num_inference_steps: int,
             f"got {sigmas[0].item():g} .. {sigmas[-1].item():g} (is invert_sigmas set?)"
         )
     return sigmas
+
+
+def check_flow_scheduler(scheduler) -> None:
+    """Raises TypeError unless a scheduler's ``sigmas`` are noise levels of a rectified flow."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not scheduler.config.get("use_flow_sigmas"):
+        raise TypeError(
+            "pipe.scheduler: expected a flow-matching scheduler (FlowMatchEulerDiscreteScheduler, or one with "
+            f"use_flow_sigmas), got {type(scheduler).__name__}"
+        )

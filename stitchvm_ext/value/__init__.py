@@ -4,6 +4,7 @@ from .base import ValueEstimator
 from .finetune import FinetuneConfig, finetune
 from .monte_carlo import MonteCarloValue
 from .rollouts import cache_rollouts
+from .scheduled import ScheduledValue
 from .search import SearchResult, StitchCandidate, search_stitch
 from .stitched import StitchedValue
 from .stitching import stitch
@@ -13,6 +14,7 @@ from .tweedie import TweedieValue
 __all__ = [
     "FinetuneConfig",
     "MonteCarloValue",
+    "ScheduledValue",
     "SearchResult",
     "StitchCandidate",
     "StitchedValue",

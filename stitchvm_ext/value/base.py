@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..backbones import Condition, DiffusionBackbone, Encoding
+from ..measure import count
 from ..rewards.base import RewardModel
 from ..rewards.sum import RewardSum
+from .carry import Carry
 
 
 class ValueEstimator(ABC):
@@ -20,6 +22,11 @@ class ValueEstimator(ABC):
     """
 
     backbone: DiffusionBackbone
+
+    @property
+    def reads_encoding(self) -> bool:
+        """Whether values depend on a condition's encodings; where not, its prompts are enough."""
+        return True
 
     @abstractmethod
     def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
@@ -32,6 +39,16 @@ class ValueEstimator(ABC):
             value = self.value(leaf, sigma, condition)
             (grad,) = torch.autograd.grad(value.sum(), leaf)
         return value.detach(), grad.float()
+
+    @torch.no_grad()
+    def value_and_carry(
+        self, latents: Tensor, sigma: float | Tensor, condition: Condition
+    ) -> tuple[Tensor, Carry | None]:
+        """V [B], and what the denoiser's next pass on these latents need not compute again; None for nothing.
+
+        An estimator overrides this where it runs the denoiser, or its first blocks, under the sampler's own condition.
+        """
+        return self.value(latents, sigma, condition), None
 
     def branches_with_value(
         self, latents: Tensor, sigma: float | Tensor, condition: Condition
@@ -69,6 +86,7 @@ class ValueEstimator(ABC):
 
 def score_images(reward: RewardModel | RewardSum, images: Tensor, prompts: tuple[str, ...]) -> Tensor:
     """Rewards [B] of images [B, 3, H, W] in [0, 1]; of videos [B, 3, F, H, W] the mean over their frames."""
+    count("value", len(images))
     if images.ndim == 4:
         return reward.score(reward.output(images, pooled_only=True), reward.encode_condition(prompts))
     frames = images.transpose(1, 2)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, reduce
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 
 
 def processes(device: torch.device) -> PartialState:
@@ -36,3 +36,20 @@ def from_main(state: PartialState, value: Any) -> Any:
 def mean_over(state: PartialState, values: torch.Tensor) -> torch.Tensor:
     """The mean over the processes, the same everywhere."""
     return reduce(values, "mean") if state.num_processes > 1 else values
+
+
+def sum_over(state: PartialState, values: torch.Tensor) -> torch.Tensor:
+    """The sum over the processes, the same everywhere."""
+    return reduce(values, "sum") if state.num_processes > 1 else values
+
+
+def gather_rows(state: PartialState, rows: list[Any]) -> list[Any]:
+    """The rows of all processes, those of the first before those of the second, the same everywhere."""
+    return gather_object(rows) if state.num_processes > 1 else rows
+
+
+def share_of(state: PartialState, count: int) -> range:
+    """Which of ``count`` rows this process has: neighbours, as evenly many as can be."""
+    size, more = divmod(count, state.num_processes)
+    start = state.process_index * size + min(state.process_index, more)
+    return range(start, start + size + (state.process_index < more))

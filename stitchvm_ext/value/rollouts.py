@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..backbones import Condition, DiffusionBackbone, backbone_of
@@ -27,11 +27,11 @@ from .targets import (
     DistillationTargets,
     cache_text,
     check_finite_rows,
+    denoiser_identity,
     teacher_output,
     teacher_writer,
     text_encoders_identity,
     vae_identity,
-    weights_hash,
 )
 
 
@@ -92,7 +92,8 @@ def cache_rollouts(
 
     state = processes(backbone.device)
     read = {
-        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(), "denoiser": _policy(backbone.denoiser),
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "denoiser": denoiser_identity(backbone.denoiser),
         "encoders": text_encoders_identity(pipe), "vae": vae_identity(pipe.vae), "text_options": text_options,
         "sigmas": sigmas.tolist(), "guidance_scale": guidance_scale, "transition": transition, "states": states,
         "size": list(latent_size), "seed": seed,
@@ -130,20 +131,10 @@ def cache_rollouts(
 def _condition(
     pipe, backbone: DiffusionBackbone, prompts: list[str], guidance_scale: float, options: dict
 ) -> Condition:
-    from ..sampling.guided_sample import encode_condition, split_guidance
+    from ..sampling.encoding import encode_condition, split_guidance
 
     scale, options = split_guidance(backbone, guidance_scale, 1.0, options)
     return encode_condition(pipe, backbone, prompts, [""] * len(prompts), scale, options)
-
-
-def _policy(denoiser: nn.Module) -> dict[str, str]:
-    """What tells a denoiser from another: its weights, adapters among them, and how much each adapter counts."""
-    adapters = [
-        (name, sorted(module.scaling.items()), module.active_adapters, module.disable_adapters)
-        for name, module in denoiser.named_modules()
-        if hasattr(module, "scaling") and hasattr(module, "active_adapters")  # a LoRA layer of peft
-    ]
-    return {"weights": weights_hash(denoiser), "adapters": hashlib.sha256(repr(adapters).encode()).hexdigest()}
 
 
 def _roll_out(

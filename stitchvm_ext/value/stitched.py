@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from ..backbones import Condition, DiffusionBackbone, Encoding, backbone_of, expand_rows, is_same_encoding
 from ..backbones.identity import check_fingerprint, fingerprint
+from ..backbones.replay import can_replay, recorded
+from ..measure import count
 from ..rewards import reward_suffix_from_description
 from ..rewards.base import RewardModel, RewardOutput, skip_blocks
 from .base import ValueEstimator
+from .carry import PrefixCarry
 from .folder import FORMAT_VERSION, find_folder, read_folder, upload_folder, write_folder
 from .side_stream import side_stream
 from .stitch_layer import StitchLayer, patchify
@@ -92,6 +95,10 @@ class StitchedValue(nn.Module, ValueEstimator):
     def null_condition(self) -> Encoding:
         return {name: getattr(self, f"null_{name}") for name in self._null_names}
 
+    @property
+    def reads_encoding(self) -> bool:
+        return self.prompt_conditioned
+
     # -- the value -----------------------------------------------------------------------------------------------------
 
     def check_latent_size(self, latent_size: tuple[int, int]) -> None:
@@ -156,11 +163,25 @@ class StitchedValue(nn.Module, ValueEstimator):
 
     def score_tokens(self, tokens: Tensor, condition: Condition) -> Tensor:
         """V [B] from the backbone's tokens [B, T·N, C] after block ``depth``."""
+        count("value", len(condition))
         return self.score(self(self.by_frame(tokens), pooled_only=True), condition)
 
     def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
         self.check_condition(latents, condition)
         return self.score_tokens(self.tokens(latents, sigma, self.text_of(condition)), condition)
+
+    @torch.no_grad()
+    def value_and_carry(
+        self, latents: Tensor, sigma: float | Tensor, condition: Condition
+    ) -> tuple[Tensor, PrefixCarry | None]:
+        """As the base class says: where a branch of the denoiser runs the very prefix that the value has run."""
+        if not self.can_share(condition) or not can_replay(self.backbone.denoiser, self.backbone.blocks):
+            return super().value_and_carry(latents, sigma, condition)
+        self.check_condition(latents, condition)
+        self.check_latent_size(latents.shape[-2:])
+        with recorded(self.backbone.blocks[: self.depth]) as outputs:
+            tokens = self.backbone.features(latents, sigma, self.text_of(condition), self.depth, whole=True)
+        return self.score_tokens(tokens, condition), PrefixCarry(self, outputs)
 
     def frame_values(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
         """V of every latent frame of videos, [B, T]; of images [B, 1]."""
@@ -203,9 +224,11 @@ class StitchedValue(nn.Module, ValueEstimator):
         return *self.as_branches(shared_velocity, other_velocity), value.detach(), grad.float()
 
     def other_branch(self, condition: Condition) -> Encoding | None:
-        """What the denoiser reads beside the text of the shared branch; None if that is its only branch."""
+        """What the denoiser reads beside the text of the shared branch; None if that is its only branch, or if the
+        condition holds no text for another one.
+        """
         if not self.prompt_conditioned:
-            return condition.cond
+            return condition.cond or None
         return condition.uncond if condition.guidance_scale > 1 else None
 
     def as_branches(self, shared: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor | None]:

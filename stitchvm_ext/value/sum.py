@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..backbones import Condition, Encoding, is_same_encoding
+from ..backbones.replay import can_replay, recorded
 from ..rewards.sum import MeanStd, WeightedSum
 from .base import ValueEstimator
+from .carry import Carry, PrefixCarry
 from .side_stream import side_stream
 from .stitched import StitchedValue, rows_read_by
 
@@ -65,11 +67,20 @@ class ValueSum(ValueEstimator):
     def normalise(self, pairs: Sequence[MeanStd] | None) -> None:
         self.weighted.normalise = pairs
 
+    @property
+    def reads_encoding(self) -> bool:
+        return any(value.reads_encoding for value in self.values)
+
     def check_latent_size(self, latent_size: tuple[int, int]) -> None:
         """Raises ValueError unless every value can read latents of this (H, W)."""
         for value in self.values:
             if hasattr(value, "check_latent_size"):
                 value.check_latent_size(latent_size)
+
+    @classmethod
+    def mean(cls, values: Sequence[ValueEstimator]) -> ValueSum:
+        """The average of several estimates."""
+        return cls([(value, 1 / len(values)) for value in values])
 
     # -- the shared prefix ---------------------------------------------------------------------------------------------
 
@@ -108,13 +119,17 @@ class ValueSum(ValueEstimator):
     # -- the estimator -------------------------------------------------------------------------------------------------
 
     def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
+        return self.weighted(self.raw_values(latents, sigma, condition))
+
+    def raw_values(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> list[Tensor]:
+        """Every term's own value [B], not weighted and not normalised; differentiable like :meth:`value`."""
         self.check_condition(latents, condition)
         scores = {k: self.values[k].value(latents, sigma, condition) for k in self.separate}
         if self.shared:
             scores |= self._scores(
                 self.backbone.features_at(latents, sigma, **self._prefix(latents, condition)), condition
             )
-        return self._total(scores)
+        return [scores[k] for k in range(len(self.values))]
 
     def value_and_grad(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """As the base class says. Raises TypeError with a term that has no gradient (MonteCarloValue)."""
@@ -130,6 +145,20 @@ class ValueSum(ValueEstimator):
             scores |= {k: score.detach() for k, score in shared.items()}
             grad = grad + own.float()
         return self._total(scores), grad
+
+    @torch.no_grad()
+    def value_and_carry(
+        self, latents: Tensor, sigma: float | Tensor, condition: Condition
+    ) -> tuple[Tensor, Carry | None]:
+        """As :meth:`StitchedValue.value_and_carry`, for the values that share the prefix."""
+        if not self.can_share(condition) or not can_replay(self.backbone.denoiser, self.backbone.blocks):
+            return super().value_and_carry(latents, sigma, condition)
+        self.check_condition(latents, condition)
+        with recorded(self.backbone.blocks[: self.depths[-1]]) as outputs:
+            tokens = self.backbone.features_at(latents, sigma, **self._prefix(latents, condition), whole=True)
+        scores = self._scores(tokens, condition)
+        scores |= {k: self.values[k].value(latents, sigma, condition) for k in self.separate}
+        return self._total(scores), PrefixCarry(self.values[self.shared[0]], outputs)
 
     def is_null_text(self, encoding: Encoding | None) -> bool:
         return bool(self.shared) and self.values[self.shared[0]].is_null_text(encoding)

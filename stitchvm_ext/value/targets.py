@@ -70,12 +70,25 @@ class DistillationTargets:
 
 
 def weights_hash(module: nn.Module) -> str:
-    """A digest of a few entries of every weight: a network of the same shape with other weights has another."""
+    """A digest of a few entries of every weight: a network of the same shape with other weights has another. Of weights
+    that are offloaded, and so not here to be read, the names count.
+    """
     digest = hashlib.sha256()
     for name, t in module.state_dict().items():
-        values = t.detach().flatten()[:: max(1, t.numel() // 16)]
-        digest.update(name.encode() + values.double().cpu().numpy().tobytes())
+        digest.update(name.encode())
+        if not t.is_meta:
+            digest.update(t.detach().flatten()[:: max(1, t.numel() // 16)].double().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def denoiser_identity(denoiser: nn.Module) -> dict[str, str]:
+    """What tells a denoiser from another: its weights, adapters among them, and how much each adapter counts."""
+    adapters = [
+        (name, sorted(module.scaling.items()), module.active_adapters, module.disable_adapters)
+        for name, module in denoiser.named_modules()
+        if hasattr(module, "scaling") and hasattr(module, "active_adapters")  # a LoRA layer of peft
+    ]
+    return {"weights": weights_hash(denoiser), "adapters": hashlib.sha256(repr(adapters).encode()).hexdigest()}
 
 
 def vae_identity(vae) -> dict[str, Any]:

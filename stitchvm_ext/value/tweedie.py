@@ -9,6 +9,7 @@ from ..backbones import Condition, backbone_of, expand_sigma
 from ..rewards.base import RewardModel
 from ..rewards.sum import RewardSum
 from .base import ValueEstimator, score_images
+from .carry import VelocityCarry
 
 
 class TweedieValue(ValueEstimator):
@@ -39,7 +40,22 @@ class TweedieValue(ValueEstimator):
     def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
         self.check_condition(latents, condition)
         sigma = self.backbone.check_latents(latents, sigma)
+        if not bool(sigma.any()):  # the latents are clean: there is nothing to denoise
+            return self.score_velocity(latents, sigma, torch.zeros_like(latents), condition)
         return self.score_velocity(latents, sigma, self.backbone.guided_velocity(latents, sigma, condition), condition)
+
+    @torch.no_grad()
+    def value_and_carry(
+        self, latents: Tensor, sigma: float | Tensor, condition: Condition
+    ) -> tuple[Tensor, VelocityCarry | None]:
+        """As the base class says: the denoiser has run, at these very latents, which the next step may use."""
+        self.check_condition(latents, condition)
+        sigma = self.backbone.check_latents(latents, sigma)
+        if not bool(sigma.any()):
+            return self.value(latents, sigma, condition), None
+        cond, uncond = self.backbone.branches(latents, sigma, condition)
+        value = self.score_velocity(latents, sigma, condition.guide(cond, uncond), condition)
+        return value, VelocityCarry(cond, uncond)
 
     def branches_with_value(
         self, latents: Tensor, sigma: float | Tensor, condition: Condition

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -101,3 +103,10 @@ def test_what_is_not_in_the_table_is_refused(backbone):
 def test_bad_input(backbone, sigmas, pooled, error, message):
     with pytest.raises(error, match=message):
         precompute_conditioning(backbone, sigmas, pooled)
+
+
+def test_an_offloaded_transformer_is_refused():
+    backbone = backbone_of(copy.deepcopy(tiny_transformer()))
+    backbone.denoiser.enable_group_offload("cpu", num_blocks_per_group=1)
+    with pytest.raises(ValueError, match="expected a transformer that stays on its device"):
+        precompute_conditioning(backbone, SIGMAS, encoding()["pooled_prompt_embeds"])

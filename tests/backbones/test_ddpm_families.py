@@ -95,7 +95,7 @@ def test_a_value_is_stitched_saved_and_guides(name, depth, tmp_path):
         generator=torch.Generator().manual_seed(0), progress=False,
     )  # fmt: skip
     plain, guided = run(0.0), run(0.2)
-    assert guided.guided_steps > 0 and guided.latents.isfinite().all()
+    assert guided.valued_steps > 0 and guided.latents.isfinite().all()
     assert not torch.equal(guided.latents, plain.latents)
 
 

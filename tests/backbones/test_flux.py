@@ -73,7 +73,7 @@ def test_hook_inside_the_pipelines_call_is_guided_sample(make_value, depth, prom
     torch.testing.assert_close(torch.stack([v for _, v in guide.values]), ours.values, rtol=1e-3, atol=1e-4)
     # A prompt-conditioned value shares the only branch that there is; the null text needs a prefix of its own.
     extra = 0 if prompt_conditioned else 2 * 3 * depth / 4
-    assert ours.denoiser_evaluations == pytest.approx(2 * 3 + extra)
+    assert ours.evaluations.denoiser == pytest.approx(2 * 3 + extra)
 
 
 def test_hook_refuses_two_passes_a_step(make_value):

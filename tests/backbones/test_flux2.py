@@ -85,7 +85,7 @@ def test_hook_inside_the_pipelines_call_is_guided_sample(make_value, depth, prom
     assert (hooked - plain).abs().max() > 0.02
     torch.testing.assert_close(torch.stack([v for _, v in guide.values]), ours.values, rtol=1e-3, atol=1e-4)
     extra = 0 if prompt_conditioned else 2 * 3 * depth / 4
-    assert ours.denoiser_evaluations == pytest.approx(2 * 3 + extra)
+    assert ours.evaluations.denoiser == pytest.approx(2 * 3 + extra)
 
 
 def test_klein_shares_the_unconditional_branch_and_refuses_the_hook(make_value):
@@ -93,7 +93,7 @@ def test_klein_shares_the_unconditional_branch_and_refuses_the_hook(make_value):
     value = make_value(pipe, 3)
     options = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent", **TEXT}
     sample = guided_sample(pipe, value, PROMPTS, strength=0.3, progress=False, **options)
-    assert sample.denoiser_evaluations == 2 * 2 * 2
+    assert sample.evaluations.denoiser == 2 * 2 * 2
     apply_value_guidance(pipe.transformer, value, PROMPTS, guidance_scale=4.0)
     with pytest.raises(TypeError, match="cannot be guided from within; use guided_sample"):
         pipe(prompt=PROMPTS, **options)

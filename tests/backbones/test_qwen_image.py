@@ -73,7 +73,7 @@ def test_value_shares_the_unconditional_branch_and_tilts_the_samples(pipe, gener
         pipe, v, PROMPTS, generator=generators(), **options, **extra
     )
     plain, guided = sample(None), sample(value)
-    assert guided.denoiser_evaluations == plain.denoiser_evaluations == 2 * 2 * 3
+    assert guided.evaluations.denoiser == plain.evaluations.denoiser == 2 * 2 * 3
     assert (guided.latents - plain.latents).abs().max() > 0.02
     # Euler's steps outside the fused one, and what they are made of.
     by_hand = sample(value, transition=lambda z, u, sigma, following, eps: z + (following - sigma) * u)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stitchvm_ext import backbone_of, fuse, precompute_conditioning, unfuse
-from stitchvm_ext.sampling.guided_sample import count_block_rows
+from stitchvm_ext.measure import count_evaluations
 from tests.tiny import tiny_pipeline, tiny_transformer
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -32,9 +32,9 @@ def test_velocity_and_back():
     backbone = backbone_of(transformer)
     expected = backbone.velocity(latents(), 0.5, encoding())
     assert fuse(transformer) == 4
-    with count_block_rows(backbone) as rows:
+    with count_evaluations(backbone) as evaluations:
         torch.testing.assert_close(backbone.velocity(latents(), 0.5, encoding()), expected, **CLOSE)
-    assert rows.count == 8
+    assert evaluations.denoiser * len(backbone.blocks) == 8
     unfuse(transformer)
     unfuse(transformer)
     assert torch.equal(backbone.velocity(latents(), 0.5, encoding()), expected)
@@ -118,7 +118,7 @@ def test_a_graph_gives_the_same_velocity_and_is_counted(table):
     tables = precompute_conditioning(backbone, [0.75, 0.5], texts["pooled_prompt_embeds"]) if table else nullcontext()
     with tables:
         backbone.velocity(z + 1, 0.5, texts)  # captures
-        with count_block_rows(backbone) as rows:
+        with count_evaluations(backbone) as evaluations:
             for sigma, velocity in expected.items():
                 torch.testing.assert_close(backbone.velocity(z, sigma, texts), velocity, rtol=1e-3, atol=1e-4)
-    assert rows.count == 2 * 2 * 4
+    assert evaluations.denoiser * len(backbone.blocks) == 2 * 2 * 4

@@ -58,8 +58,7 @@ def real(playground):
     torch.manual_seed(0)
     reward = PlaygroundTower("playground", quick_gelu=False).build(6, torch.float32)
     reward.encode_condition = lambda prompts: torch.randn(len(prompts), reward.embed_dim)
-    vae = playground.autoencoder()
-    pipe = SimpleNamespace(transformer=playground.denoiser(playground.kinds()), vae=vae)
+    pipe = SimpleNamespace(transformer=playground.denoiser(playground.kinds()), vae=playground.autoencoder())
     encoding = {name: torch.randn(1, *shape) for name, shape in playground.text.items()}
     backbone = backbone_of(pipe.transformer)
     size = (RESOLUTION // 4,) * 2
@@ -70,8 +69,7 @@ def real(playground):
     expanded = {name: row.expand(BATCH, *row.shape[1:]).contiguous() for name, row in encoding.items()}
     other = {name: row + 1 for name, row in expanded.items()}
     condition = Condition(("",) * BATCH, other, expanded, guidance_scale=4.0)
-    tweedie = object.__new__(TweedieValue)
-    tweedie.backbone, tweedie.vae, tweedie.reward = backbone, vae, reward
+    tweedie = TweedieValue(pipe, reward)
     return SimpleNamespace(
         stitched=stitched, tweedie=tweedie, latents=torch.randn(BATCH, 4, *size), condition=condition
     )

@@ -13,7 +13,7 @@ from stitchvm_ext import TweedieValue, ValueEstimator
 from stitchvm_ext.backbones import expand_rows
 from stitchvm_ext.playground import experiments, load_pipeline, load_reward, load_value
 from stitchvm_ext.playground.demo import run_demo
-from stitchvm_ext.sampling.guided_sample import encode_condition
+from stitchvm_ext.sampling.encoding import encode_condition
 
 METHODS = ["unguided", "Tweedie-DPS", "StitchVM-DPS"]
 

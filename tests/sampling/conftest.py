@@ -20,26 +20,30 @@ def reward():
 
 
 @pytest.fixture
-def stitched(pipe, reward):
-    """A stitched value with a random stitch at depth 2 of 4: sampling does not care whether it was trained."""
-    backbone = backbone_of(pipe)
-    torch.manual_seed(0)
-    stitch = StitchLayer(backbone.width(), reward.width, reward.grid)
-    null = backbone.null_condition(pipe, **TEXT)
-    return (
-        StitchedValue(
+def make_stitched(reward):
+    """Makes a stitched value with a random stitch at depth 2: sampling does not care whether it was trained."""
+
+    def make(pipe, **text) -> StitchedValue:
+        backbone = backbone_of(pipe)
+        torch.manual_seed(0)
+        value = StitchedValue(
             backbone,
-            stitch,
+            StitchLayer(backbone.width(), reward.width, reward.grid),
             reward.suffix(1),
             depth=2,
             layer=1,
             latent_size=(16, 16),
-            null_condition=null,
-            text_options=TEXT,
+            null_condition=backbone.null_condition(pipe, **text),
+            text_options=text,
         )
-        .eval()
-        .requires_grad_(False)
-    )
+        return value.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture
+def stitched(pipe, make_stitched):
+    return make_stitched(pipe, **TEXT)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from stitchvm_ext.sampling import TRANSITIONS, Guidance, get_transition, sample_dps
-from tests.oracle import OracleValue, two_dimensional_world
+from stitchvm_ext.sampling.denoiser import Denoiser
+from tests.oracle import OracleValue, sampling_task, two_dimensional_world
 
 
 @pytest.fixture
@@ -110,10 +111,7 @@ def test_non_finite_values_stop_with_step_and_tensor(broken, transition):
     with pytest.raises(
         FloatingPointError, match=rf"^{broken}: non-finite values at step 6 \(sigma 0.4\) in samples \[1\]"
     ):
-        sample_dps(
-            value.backbone, value, world.noise(3, 0), torch.linspace(1, 0, 11), world.condition(3),
-            guidance=Guidance(), transition=transition,
-        )  # fmt: skip
+        sample_dps(sampling_task(world, value, 3, transition=transition), Guidance())
 
 
 def test_non_finite_velocity_of_an_unguided_step_stops_too():
@@ -121,10 +119,7 @@ def test_non_finite_velocity_of_an_unguided_step_stops_too():
     backbone = OracleValue(world).backbone
     backbone.branches = lambda latents, sigma, condition: (torch.full_like(latents, float("inf")), None)
     with pytest.raises(FloatingPointError, match="^latents: .* step 0"):
-        sample_dps(
-            backbone, None, world.noise(3, 0), torch.linspace(1, 0, 11), world.condition(3),
-            guidance=Guidance(), transition=get_transition("ode"),
-        )  # fmt: skip
+        sample_dps(sampling_task(world, None, 3, denoiser=Denoiser(backbone, None)), Guidance())
 
 
 def test_finite_tensors_whose_norm_is_not_float32_are_no_error():
@@ -132,10 +127,8 @@ def test_finite_tensors_whose_norm_is_not_float32_are_no_error():
     world = two_dimensional_world(quadratic=False)
     backbone = OracleValue(world).backbone
     backbone.branches = lambda latents, sigma, condition: (torch.full_like(latents, 3e38), None)
-    z, _ = sample_dps(
-        backbone, None, torch.zeros(3, 1, 1, 2), torch.linspace(1, 0, 11), world.condition(3),
-        guidance=Guidance(), transition=get_transition("ode"),
-    )  # fmt: skip
+    task = sampling_task(world, None, 3, denoiser=Denoiser(backbone, None), latents=torch.zeros(3, 1, 1, 2))
+    z = sample_dps(task, Guidance()).latents
     torch.testing.assert_close(z, torch.full_like(z, -3e38))
 
 
@@ -147,13 +140,9 @@ def test_the_fused_step_is_the_plain_one(transition, mode):
     value = OracleValue(world)
 
     def run(step):
-        generator = torch.Generator().manual_seed(0)
-        return sample_dps(
-            value.backbone, value, world.noise(50, 0), torch.linspace(1, 0, 9), world.condition(50),
-            guidance=Guidance(0.3, mode, "alpha", every=2), transition=step,
-            noise=lambda: torch.randn(50, *world.shape, generator=generator),
-        )  # fmt: skip
+        task = sampling_task(world, value, 50, steps=8, transition=step)
+        return sample_dps(task, Guidance(0.3, mode, "alpha", every=2))
 
     fused, plain = (run(step) for step in (get_transition(transition), partial(get_transition(transition))))
-    torch.testing.assert_close(fused[0], plain[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(fused[1], plain[1], rtol=1e-4, atol=1e-4, equal_nan=True)
+    torch.testing.assert_close(fused.latents, plain.latents, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fused.values, plain.values, rtol=1e-4, atol=1e-4, equal_nan=True)

@@ -46,7 +46,7 @@ def test_without_guidance_it_is_the_pipeline(pipe, seeds, options):
         pipe, None, PROMPTS, num_inference_steps=5, generator=seeds(*numbers), output_type="pt", **QUIET, **options
     )
     torch.testing.assert_close(ours.images, theirs, rtol=0, atol=1e-5)
-    assert ours.values.isnan().all() and ours.guided_steps == 0
+    assert ours.values.isnan().all() and ours.valued_steps == 0
 
 
 def test_given_latents_and_one_generator(pipe):
@@ -155,8 +155,8 @@ def test_shared_prefix_equals_unshared_at_the_cost_of_plain_guidance(pipe, stitc
     assert runs["plain"][1] == [4] * (5 * 4)  # steps x blocks, unconditional and conditional together
     assert runs["shared"][1] == [2] * (5 * 4 * 2)
     assert sum(runs["unshared"][1]) == sum(runs["plain"][1]) + 5 * 2 * 2  # and depth blocks for each sample and step
-    assert outputs["plain"].denoiser_evaluations == outputs["shared"].denoiser_evaluations == 5 * 4
-    assert outputs["unshared"].denoiser_evaluations == 5 * 4 + 5 * 2 * 0.5
+    assert outputs["plain"].evaluations.denoiser == outputs["shared"].evaluations.denoiser == 5 * 4
+    assert outputs["unshared"].evaluations.denoiser == 5 * 4 + 5 * 2 * 0.5
 
 
 def test_a_negative_prompt_is_not_shared(pipe, stitched, seeds):
@@ -172,7 +172,7 @@ def test_a_negative_prompt_is_not_shared(pipe, stitched, seeds):
     )
     ours, reference = run(stitched), run(Unshared(stitched))
     assert torch.equal(ours.latents, reference.latents)
-    assert ours.denoiser_evaluations == reference.denoiser_evaluations
+    assert ours.evaluations.denoiser == reference.evaluations.denoiser
 
 
 def test_tweedie_guides_too(pipe, reward, seeds):
@@ -205,7 +205,7 @@ def test_window_every_and_values(pipe, stitched, seeds):
     )
     assert output.values.shape == (6, 2) and output.sigmas.shape == (7,)
     assert output.values.isfinite().all(1).tolist() == [False, True, False, True, False, True]
-    assert output.guided_steps == 3
+    assert output.valued_steps == 3
 
 
 # -- batches and generators --------------------------------------------------------------------------------------------

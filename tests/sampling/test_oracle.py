@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stitchvm_ext.sampling import TRANSITIONS, Guidance, get_transition, sample_dps
-from tests.oracle import Mixture, OracleValue, OracleWorld, QuadraticReward, image_like_world, two_dimensional_world
+from stitchvm_ext.sampling import TRANSITIONS, Guidance, sample_dps
+from tests.oracle import (
+    Mixture,
+    OracleValue,
+    OracleWorld,
+    QuadraticReward,
+    image_like_world,
+    sampling_task,
+    two_dimensional_world,
+)
 
 WORLDS = {
     "linear": two_dimensional_world(quadratic=False),
@@ -19,19 +27,9 @@ def run(world, value, guidance, transition="ode", count=2000, steps=100, seed=0)
     """Final latents [B, D] and values [T, B]. The noise levels are denser towards t = 0, where the mixture
     separates.
     """
-    sigmas = torch.linspace(1, 0, steps + 1) ** 1.5
-    generator = torch.Generator().manual_seed(seed + 1)
-    latents, values = sample_dps(
-        OracleValue(world).backbone,
-        value,
-        world.noise(count, seed),
-        sigmas,
-        world.condition(count),
-        guidance=guidance,
-        transition=get_transition(transition),
-        noise=lambda: torch.randn(count, *world.shape, generator=generator),
-    )
-    return world.flat(latents), values
+    task = sampling_task(world, value, count, steps=steps, power=1.5, transition=transition, seed=seed)
+    result = sample_dps(task, guidance)
+    return world.flat(result.latents), result.values
 
 
 def deviations(z, target: Mixture) -> torch.Tensor:

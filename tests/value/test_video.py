@@ -115,7 +115,7 @@ def test_guided_videos(make_value):
     guided = guided_sample(tiny_wan(), value, list(PROMPTS), generator=generator(), strength=0.3, **options)
     assert guided.images.shape == (2, 5, 3, 64, 64) and guided.latents.shape == (2, 4, 2, 8, 8)
     assert guided.values.shape == (4, 2) and bool(guided.values.isfinite().all())
-    assert guided.denoiser_evaluations == plain.denoiser_evaluations == 4 * 2 * 2
+    assert guided.evaluations.denoiser == plain.evaluations.denoiser == 4 * 2 * 2
     backbone = backbone_of(tiny_wan())
     condition = Condition(PROMPTS, backbone.encode_text(tiny_wan(), list(PROMPTS), **TEXT))
     with torch.no_grad():

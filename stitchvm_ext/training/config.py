@@ -1,0 +1,112 @@
+"""Settings that every trainer has."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# What may differ between a run and the one that goes on from its checkpoint: where, when and how many steps are made.
+EXECUTION = (
+    "iterations", "rollout_batch_size", "train_batch_size", "gradient_checkpointing", "eval_every", "eval_steps",
+    "save_every", "keep_checkpoints",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of a run. One iteration samples, scores and makes one or more optimiser steps.
+
+    Attributes:
+        iterations: of the run in all.
+        learning_rate, weight_decay: of AdamW; the rate is constant.
+        max_grad_norm: the gradient is clipped to this norm.
+        ema_decay: of the moving average of the trained weights, which is evaluated and exported; at optimiser step s
+            it is at most ``(1 + s) / (10 + s)``.
+        lora_rank, lora_alpha: of the adapter.
+        lora_targets: a regular expression of the layers' whole names; by default the attention projections of the joint
+            blocks (METHOD.md §6), or what comes closest to them in a backbone without joint blocks.
+        num_inference_steps: of a rollout's schedule, the pipeline's own.
+        guidance_scale: of rollouts and evaluation; 1 is none.
+        height, width: in pixels; by default the pipeline's.
+        max_sequence_length: rows of the text encoding; by default what the value's null text was encoded with.
+        rollout_batch_size: samples that are denoised, decoded and scored together.
+        train_batch_size: samples per forward and backward pass. Gradients are added up over passes and processes, so a
+            step does not depend on it.
+        mixed_precision: "no", or "bf16": the trained forward pass runs under autocast. Adapters are always float32.
+        gradient_checkpointing: keep the inputs of the denoiser's blocks only, and run them twice.
+        eval_every: iterations between evaluations; there is one before the first and one after the last.
+        eval_steps: denoising steps of an evaluation's pictures, by the ODE.
+        save_every, keep_checkpoints: iterations between checkpoints, and how many of them are kept.
+        seed: of the adapter, the order of prompts and all noise.
+    """
+
+    iterations: int = 300
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9
+    lora_rank: int = 32
+    lora_alpha: int = 64
+    lora_targets: str | None = None
+    num_inference_steps: int = 10
+    guidance_scale: float = 1.0
+    height: int | None = None
+    width: int | None = None
+    max_sequence_length: int | None = None
+    rollout_batch_size: int = 16
+    train_batch_size: int = 8
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    eval_every: int = 25
+    eval_steps: int = 40
+    save_every: int = 10
+    keep_checkpoints: int = 2
+    seed: int = 0
+
+    def __post_init__(self):
+        self._check_counts(
+            "iterations", "lora_rank", "lora_alpha", "num_inference_steps", "rollout_batch_size", "train_batch_size",
+            "eval_every", "eval_steps", "save_every", "keep_checkpoints",
+        )  # fmt: skip
+        self._check_positive("learning_rate", "max_grad_norm")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay: expected at least 0, got {self.weight_decay}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: expected a number in [0, 1), got {self.ema_decay}")
+        if not 0 <= self.guidance_scale < float("inf"):
+            raise ValueError(f"guidance_scale: expected a finite number >= 0, got {self.guidance_scale}")
+        self._check_choice("mixed_precision", ("no", "bf16"))
+
+    def _check_counts(self, *names: str) -> None:
+        for name in names:
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name}: expected an integer of at least 1, got {count!r}")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+
+    def _check_choice(self, name: str, known: tuple[str, ...]) -> None:
+        if getattr(self, name) not in known:
+            raise ValueError(f"{name}: expected one of {list(known)}, got {getattr(self, name)!r}")
+
+    def _check_window(self, name: str) -> None:
+        """A range (first, last) of a rollout's steps, both included, after which it may stop."""
+        window = getattr(self, name)
+        if (
+            not isinstance(window, tuple | list)
+            or len(window) != 2
+            or not all(isinstance(step, int) for step in window)
+            or not 1 <= window[0] <= window[1] <= self.num_inference_steps
+        ):
+            raise ValueError(
+                f"{name}: expected (first, last) steps with 1 <= first <= last <= {self.num_inference_steps} "
+                f"(num_inference_steps), got {window!r}"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with, JSON-ready."""
+        settings = {name: setting for name, setting in asdict(self).items() if name not in EXECUTION}
+        return {"trainer": type(self).__name__, **settings}

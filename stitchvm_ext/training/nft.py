@@ -1,0 +1,295 @@
+"""DiffusionNFT (Zheng et al. 2025): online reinforcement learning on the forward process, clean or stitched."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..backbones import Condition
+from ..value.base import ValueEstimator
+from ..value.batches import seeded_generator
+from .advantages import STDS, group_advantages, optimality, zero_variance
+from .bridge import bridge, bridge_velocity, predicted_anchor, training_levels
+from .config import TrainingConfig
+from .health import check_finite, warn_constant
+from .lora import copy_adapter
+from .losses import OLD_POLICY_DECAYS, nft_loss, old_policy_decay, velocity_distance
+from .rewards import CleanReward, scores_by_term
+from .rollout import SOLVERS, roll_out
+from .trainer import Trainer, in_batches
+
+SPACES = ("anchor", "velocity")
+# Ends of the keys (seed, iteration, row, ...) of what is drawn; a rollout's noise has the key without an end, which is
+# the same as one that ends with 0.
+_ORDER, _STOP, _LEVELS, _NOISE = (0, 0, 1), 1, 2, 3
+
+
+@dataclass(frozen=True)
+class NFTConfig(TrainingConfig):
+    """Settings of :class:`NFTTrainer`; the defaults are those of the published code for SD 3.5 Medium.
+
+    Attributes:
+        prompts_per_iteration: P, groups of an iteration.
+        group_size: G >= 2 samples of each prompt, which are compared with each other.
+        stop_window: (first, last) of the rollout's steps, both included, after which a group stops; each group's step
+            is drawn uniformly. METHOD.md §6: (12, 17) of 25. None rolls out to the end.
+        solver: of rollouts: "dpm_solver" (DPM-Solver++(2M)), "ode", "linear_sde" or "flow_grpo".
+        space: of the loss: "anchor", between predictions of the state where the rollout stopped (of the clean latent,
+            x0, without ``stop_window``), as in the published code; or "velocity", as in the papers. In "anchor" the
+            target's singularity at t -> tau has weight 0; in "velocity" it is bounded by the distance of a step, since
+            training takes place at the levels of the rollout's schedule above tau. See :mod:`training.bridge`.
+        adaptive: divide each square error by its mean absolute error.
+        mix_beta: beta, how far the implicit policies lie from the old one.
+        kl_weight: of the squared distance to the velocity of the model without the adapter; at 0 that model is not
+            run.
+        advantage_std: rewards are divided by the standard deviation of all ("global") or of their group ("prompt").
+        advantage_clip: advantages beyond it count as it.
+        old_decay: schedule of the old policy, see :func:`training.losses.old_policy_decay`.
+        timestep_fraction: share of the levels above tau at which each sample is trained, rounded down; drawn for each
+            sample.
+        updates_per_iteration: optimiser steps, each on its part of the samples.
+    """
+
+    learning_rate: float = 3e-4
+    weight_decay: float = 1e-4
+    prompts_per_iteration: int = 48
+    group_size: int = 24
+    stop_window: tuple[int, int] | None = None
+    solver: str = "dpm_solver"
+    space: str = "anchor"
+    adaptive: bool = True
+    mix_beta: float = 1.0
+    kl_weight: float = 1e-4
+    advantage_std: str = "global"
+    advantage_clip: float = 5.0
+    old_decay: str = "linear"
+    timestep_fraction: float = 0.99
+    updates_per_iteration: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_counts("prompts_per_iteration", "updates_per_iteration")
+        if self.group_size < 2:
+            raise ValueError(f"group_size: expected at least 2 samples to compare, got {self.group_size}")
+        self._check_positive("mix_beta", "advantage_clip")
+        if not self.kl_weight >= 0:
+            raise ValueError(f"kl_weight: expected at least 0, got {self.kl_weight}")
+        if not 0 < self.timestep_fraction <= 1:
+            raise ValueError(f"timestep_fraction: expected a share in (0, 1], got {self.timestep_fraction}")
+        if self.updates_per_iteration > self.samples:
+            raise ValueError(
+                f"updates_per_iteration: expected at most the {self.samples} samples, got {self.updates_per_iteration}"
+            )
+        for name, known in (
+            ("solver", SOLVERS), ("space", SPACES), ("advantage_std", STDS), ("old_decay", tuple(OLD_POLICY_DECAYS)),
+        ):  # fmt: skip
+            self._check_choice(name, known)
+        if self.stop_window is not None:
+            self._check_window("stop_window")
+
+    @property
+    def samples(self) -> int:
+        """Of an iteration."""
+        return self.prompts_per_iteration * self.group_size
+
+    def levels(self, stop: int) -> int:
+        """How many noise levels a sample that stopped after ``stop`` steps is trained at."""
+        return max(1, int(stop * self.timestep_fraction))
+
+
+MEASURED = ("loss", "policy_loss", "kl", "velocity_change", "old_velocity")  # the last two are mean squares
+
+
+@dataclass
+class Collected:
+    """This process's samples of an iteration.
+
+    Attributes:
+        rows: their numbers among all.
+        anchors: z_tau [R, C, H, W]; tau: [R].
+        stops: steps taken, by row.
+        condition: a row per prompt; ``places`` says which one belongs to each sample.
+    """
+
+    rows: range
+    anchors: Tensor
+    tau: Tensor
+    stops: list[int]
+    condition: Condition
+    places: list[int]
+
+
+class NFTTrainer(Trainer):
+    """DiffusionNFT, with any estimator as reward.
+
+    An iteration: the old policy draws a group of samples for every prompt, each as far as z_tau; the value scores them;
+    rewards are compared within groups; the trained policy is moved towards good samples and away from bad ones on the
+    forward process that starts at z_tau; the old policy follows by a moving average.
+
+    With a :class:`CleanReward` rollouts go to the end (tau = 0) and are decoded. With a stitched value and
+    ``stop_window`` they stop early, nothing is decoded, and the training passes cover t > tau alone.
+
+    With ``guidance_scale > 1`` the rollouts are guided; what is trained is the conditional branch alone, whose
+    velocity learns from the guided samples, and the old policy in the loss is not guided either.
+
+    What runs: old policy and reference are views with merged or without adapters, whose blocks run fused; the value's
+    prefix is the frozen model's, on the same weights; all terms of a ValueSum read one pass through it.
+    """
+
+    adapters = ("default", "old")
+    config: NFTConfig
+
+    def __init__(self, pipe, value: ValueEstimator, prompts, config: NFTConfig | None = None, **options):
+        config = config or NFTConfig()
+        if isinstance(value, CleanReward) and config.stop_window is not None:
+            raise ValueError(
+                f"stop_window: expected None with a clean reward, which reads clean latents, got {config.stop_window}"
+            )
+        super().__init__(pipe, value, prompts, config, **options)
+        if config.samples < self.state.num_processes:
+            raise ValueError(
+                f"prompts_per_iteration: expected at least a sample for each of {self.state.num_processes} processes, "
+                f"got {config.samples} of all"
+            )
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        config, began = self.config, time.perf_counter()
+        prompts = self.next_prompts(config.prompts_per_iteration)
+        samples = self._collect(iteration, prompts)
+        rewards, terms = self._score(iteration, samples)
+        collected = time.perf_counter()
+        groups = rewards.view(config.prompts_per_iteration, config.group_size)
+        equal = zero_variance(groups)
+        row = {
+            "reward/mean": rewards.mean().item(),
+            **{f"reward/{name}": scores.mean().item() for name, scores in terms.items()},
+            "reward/std_within": groups.std(1, correction=0).mean().item(),
+            "zero_variance": equal.double().mean().item(),
+            "rollout_seconds": collected - began,
+        }
+        if equal.all():
+            if self.state.is_main_process:
+                warn_constant(iteration)
+            return row | {"skipped": 1.0}
+        advantages = group_advantages(groups, config.advantage_std).flatten()
+        row |= self._update(iteration, samples, optimality(advantages, config.advantage_clip))
+        decay = old_policy_decay(config.old_decay, self.optimizer_steps)
+        copy_adapter(self.policy.denoiser, "default", "old", keep=decay)
+        return row | {"old_decay": decay, "train_seconds": time.perf_counter() - collected}
+
+    # -- samples -------------------------------------------------------------------------------------------------------
+
+    def _collect(self, iteration: int, prompts: list[str]) -> Collected:
+        config = self.config
+        rows = self.share(config.samples)
+        first = rows.start // config.group_size
+        mine = prompts[first : (rows.stop - 1) // config.group_size + 1]
+        condition, places = self.encode(mine), [row // config.group_size - first for row in rows]
+        stops = [self._stop(iteration, row // config.group_size) for row in rows]
+        backbone = self.merged("old")
+        parts = [
+            roll_out(
+                backbone,
+                condition.rows([places[k] for k in part]),
+                self.sigmas,
+                self.generators(iteration, [rows[k] for k in part]),
+                self.latent_shape,
+                config.solver,
+                [stops[k] for k in part],
+            )
+            for part in in_batches(range(len(rows)), config.rollout_batch_size)
+        ]
+        anchors, tau = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return Collected(rows, anchors, tau.to(anchors.device), stops, condition, places)
+
+    def _stop(self, iteration: int, group: int) -> int:
+        if self.config.stop_window is None:
+            return self.config.num_inference_steps
+        first, last = self.config.stop_window
+        generator = seeded_generator(self.config.seed, iteration, group, _STOP)
+        return int(torch.randint(first, last + 1, (), generator=generator))
+
+    @torch.no_grad()
+    def _score(self, iteration: int, samples: Collected) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards of all rows [P*G] and every term's own, float64, in all processes."""
+        scored: list[dict[str, float]] = []
+        for part in in_batches(range(len(samples.rows)), self.config.rollout_batch_size):
+            anchors, condition = samples.anchors[part], samples.condition.rows([samples.places[k] for k in part])
+            total, terms = scores_by_term(self.value, anchors, samples.tau[part], condition)
+            columns = {
+                "latents": anchors.flatten(1).sum(1), **{name: s for name, s in terms.items()}, "reward": total,
+            }  # fmt: skip
+            table = torch.stack([column.double() for column in columns.values()]).T.tolist()
+            scored += [dict(zip(columns, numbers, strict=True)) for numbers in table]
+        scored = self.gather(scored)
+        found = {name: torch.tensor([row[name] for row in scored], dtype=torch.float64) for name in scored[0]}
+        check_finite(iteration, **found)
+        del found["latents"]
+        return found.pop("reward"), found
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def _update(self, iteration: int, samples: Collected, wanted: Tensor) -> dict[str, float]:
+        """The iteration's optimiser steps. ``wanted``: r of all rows, [P*G] in [0, 1]."""
+        config = self.config
+        order = torch.randperm(config.samples, generator=seeded_generator(config.seed, iteration, *_ORDER))
+        old, steps = self.merged("old"), []
+        for chunk in order.tensor_split(config.updates_per_iteration):
+            means = self.total(**self._backward(iteration, samples, chunk, wanted, old))
+            check_finite(iteration, **{f"the {name}": means[name] for name in reversed(MEASURED)})
+            steps.append(means | {"gradient_norm": self.apply_gradients(iteration)})
+        means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        means["policy_change"] = (means.pop("velocity_change") / means.pop("old_velocity")) ** 0.5
+        return means
+
+    def _backward(self, iteration: int, samples: Collected, chunk: Tensor, wanted: Tensor, old) -> dict[str, Tensor]:
+        """The gradient of the mean loss over the samples of ``chunk``, this process's part of it, and of what is
+        MEASURED.
+        """
+        mine = [samples.rows.index(row) for row in chunk.sort().values.tolist() if row in samples.rows]
+        levels = {k: self._levels(iteration, samples.rows[k], samples.stops[k]) for k in mine}
+        passes = [(k, number) for k in mine for number in range(len(levels[k]))]
+        sums = torch.zeros(len(MEASURED), dtype=torch.float64, device=samples.anchors.device)
+        with old.fused(), self.base.fused():
+            for part in in_batches(passes, self.config.train_batch_size):
+                t = torch.stack([levels[k][number] for k, number in part])
+                weights = torch.tensor([1 / (len(chunk) * len(levels[k])) for k, _ in part], device=sums.device)
+                losses = self._losses(iteration, samples, part, t, wanted, old) * weights
+                losses[0].sum().backward()
+                sums += losses.detach().double().sum(1)
+        return dict(zip(MEASURED, sums, strict=True))
+
+    def _levels(self, iteration: int, row: int, stop: int) -> Tensor:
+        generator = seeded_generator(self.config.seed, iteration, row, _LEVELS)
+        return training_levels(self.sigmas, stop, self.config.levels(stop), generator)
+
+    def _losses(
+        self, iteration: int, samples: Collected, part: list[tuple[int, int]], t: Tensor, wanted: Tensor, old
+    ) -> Tensor:
+        """What is MEASURED of each pass, [5, B]; the first, the loss, is differentiable."""
+        config, device = self.config, samples.anchors.device
+        rows = [k for k, _ in part]
+        generators = [seeded_generator(config.seed, iteration, samples.rows[k], _NOISE + number) for k, number in part]
+        noise = torch.stack([torch.randn(self.latent_shape, generator=g) for g in generators]).to(device)
+        anchor, tau, t = samples.anchors[rows], samples.tau[rows], t.to(device)
+        latents = bridge(anchor, noise, tau, t)
+        encoding = samples.condition.rows([samples.places[k] for k in rows]).cond
+        with torch.no_grad():
+            before = old.velocity(latents, t, encoding).float()
+            reference = self.base.velocity(latents, t, encoding).float() if config.kl_weight else None
+        with self.autocast():
+            velocity = self.policy.velocity(latents, t, encoding)
+        velocity = velocity.float()
+        if config.space == "anchor":
+            predictions = [predicted_anchor(latents, u, tau, t) for u in (velocity, before)]
+            target = anchor
+        else:
+            predictions, target = [velocity, before], bridge_velocity(anchor, noise, tau, t)
+        r = wanted[[samples.rows[k] for k in rows]].to(device)
+        policy = config.advantage_clip * nft_loss(*predictions, target, r, config.mix_beta, config.adaptive)
+        kl = velocity_distance(velocity, reference) if config.kl_weight else torch.zeros_like(policy)
+        moved, size = velocity_distance(velocity.detach(), before), before.square().flatten(1).mean(1)
+        return torch.stack([policy + config.kl_weight * kl, policy, kl, moved, size])
