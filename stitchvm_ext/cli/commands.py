@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..value import FinetuneConfig
+from .compare import compare
 from .methods import MethodOptions
 from .options import (
     BackboneName,
@@ -362,6 +363,7 @@ COMMANDS = {
     "train": train,
     "eval": evaluate,
     "sample": sample,
+    "compare": compare,
     "plan": plan,
     "info": info,
 }
