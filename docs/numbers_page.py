@@ -61,10 +61,11 @@ def noise_levels(result: Result) -> list[str]:
 def shared_prefix(result: Result) -> list[str]:
     titles = {"plain": "no value", "shared": "shared prefix", "separate": "a prefix of its own"}
     passes, seconds = result["denoiser_evaluations_per_image"], result["seconds_per_image"]
+    difference = result["largest_difference_after_all_steps"]["images"]
     return [
         "## The shared prefix",
         f"{result['prompts']} prompts, {result['steps']} steps, {result['depth']} of {result['backbone_depth']} blocks "
-        f"kept. Largest difference between images of the two: {result['largest_difference_after_all_steps']['images']:g}.",
+        f"kept. Largest difference between images of the two: {difference:g}.",
         *table(
             ("", "transformer passes per image", "s / image"),
             [[title, f"{passes[name]:.2f}", f"{seconds[name]:.3f}"] for name, title in titles.items()],
@@ -93,8 +94,8 @@ def value_gradient(result: Result) -> list[str]:
     settings = result["settings"]
     return [
         "## A value gradient at true width",
-        f"{settings['depth']} blocks of {settings['backbone']}, the stitch and {settings['tower']} with random weights, "
-        f"{settings['side']}x{settings['side']} image tokens, on {settings['device']}.",
+        f"{settings['depth']} blocks of {settings['backbone']}, the stitch and {settings['tower']} with random weights"
+        f", {settings['side']}x{settings['side']} image tokens, on {settings['device']}.",
         *timed_rows(result),
     ]
 
