@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import io
 import json
 import re
 import shlex
+import tarfile
 from pathlib import Path
 
 import pytest
 import tyro
+from PIL import Image
 
 import stitchvm_ext
 from stitchvm_ext.cli.commands import COMMANDS
@@ -56,6 +59,45 @@ def names():
 def test_examples_run(page, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_blocks(page, names, blocks(page, "python"))
+
+
+class Modular:
+    """A modular pipeline of the playground's parts; a modular pipeline has no default for its text's length."""
+
+    def __init__(self, pipe):
+        blocks = pytest.importorskip("diffusers.modular_pipelines").StableDiffusion3AutoBlocks()
+        self.pipeline = blocks.init_pipeline()
+        parts = {k: v for k, v in pipe.components.items() if v is not None and k in self.pipeline._component_specs}
+        self.pipeline.update_components(**parts)
+        self.update_components = self.pipeline.update_components
+
+    def __call__(self, **options):
+        return self.pipeline(max_sequence_length=0, **options)
+
+
+@pytest.mark.slow
+def test_the_readmes_examples_run(names, tmp_path, monkeypatch):
+    """As they are written, on the playground: its reward stands in for published weights, and training is short."""
+    monkeypatch.chdir(tmp_path)
+    pipe, reward, stitch = names["pipe"], names["reward"], stitchvm_ext.stitch
+    aesthetic = names["playground"].load_reward("aesthetic")
+    config = stitchvm_ext.FinetuneConfig(epochs=1, batch_size=8)
+    short = {"size": 64, "probe_images": 8, "depth": 1, "layer": 1, "config": config, "progress": False}
+    monkeypatch.setattr(stitchvm_ext, "stitch", lambda *a, **options: stitch(*a, **options | short), raising=False)
+    monkeypatch.setattr(stitchvm_ext.OpenClipReward, "from_pretrained", lambda *a, **options: reward)
+    (tmp_path / "shards").mkdir()
+    for number in range(100):
+        with tarfile.open(tmp_path / "shards" / f"{number:03d}.tar", "w") as shard:
+            picture = io.BytesIO()
+            Image.fromarray(names["pictures"][number % 64].image).save(picture, "png")
+            entry = tarfile.TarInfo(f"{number:03d}.png")
+            entry.size = picture.tell()
+            shard.addfile(entry, io.BytesIO(picture.getvalue()))
+    names |= {
+        "images": names["images"][:24], "aesthetic_reward": aesthetic, "clip_reward": reward,
+        "modular": Modular(pipe), "sigmas": [1.0, 0.5], "pooled_prompt_embeds": pipe.encode_prompt("a", "a", "a")[2],
+    }  # fmt: skip
+    run_blocks(ROOT / "README.md", names, blocks(ROOT / "README.md", "python"))
 
 
 def command_lines() -> list:
