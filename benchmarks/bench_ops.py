@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from harness import alternate, save, speedups
-from shapes import BACKBONES, TOWERS
+from stitchvm_ext.bench.harness import alternate, save, speedups
+from stitchvm_ext.bench.shapes import BACKBONES, TOWERS
 from torch import Tensor
 from torch._functorch import config as functorch_config
 

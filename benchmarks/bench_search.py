@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from harness import save
-from shapes import BACKBONES, TOWERS
+from stitchvm_ext.bench.harness import save
+from stitchvm_ext.bench.shapes import BACKBONES, TOWERS
 from torch import Tensor
 
 from stitchvm_ext.measure import peak_memory

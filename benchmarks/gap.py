@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from guidance import run, table
-from harness import RESULTS, save
+from stitchvm_ext.bench.harness import RESULTS, save
 
 from stitchvm_ext import TweedieValue, stitch
 from stitchvm_ext.playground import load_pipeline, load_reward

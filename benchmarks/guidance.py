@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from harness import RESULTS, save
+from stitchvm_ext.bench.harness import RESULTS, save
 from tqdm import tqdm
 
 from stitchvm_ext import TweedieValue

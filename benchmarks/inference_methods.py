@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict
 
 import torch
-from harness import RESULTS, save
+from stitchvm_ext.bench.harness import RESULTS, save
 from tqdm import tqdm
 
 from stitchvm_ext import TweedieValue, guided_sample

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from harness import RESULTS, save
+from stitchvm_ext.bench.harness import RESULTS, save
 
 from stitchvm_ext import MonteCarloValue, TweedieValue
 from stitchvm_ext.evaluation import SIGMAS, retrieval_at_1, spearman

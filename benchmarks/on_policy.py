@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from harness import save
+from stitchvm_ext.bench.harness import save
 
 from stitchvm_ext import MonteCarloValue
 from stitchvm_ext.backbones import backbone_of

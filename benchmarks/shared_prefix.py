@@ -12,7 +12,7 @@ import argparse
 import statistics
 
 import torch
-from harness import save
+from stitchvm_ext.bench.harness import save
 
 from stitchvm_ext import ValueEstimator, guided_sample
 from stitchvm_ext.playground import load_pipeline, load_value

@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import replace
 
 import torch
-from harness import save
+from stitchvm_ext.bench.harness import save
 
 from stitchvm_ext.backbones import backbone_of
 from stitchvm_ext.data import TensorImages

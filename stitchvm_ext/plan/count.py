@@ -156,14 +156,19 @@ class _Counting(TorchDispatchMode):
 
 def _kernel(packet, args, kwargs, out, inputs: list[Tensor], outputs: list[Tensor]) -> Kernel:
     moved = sum(_operand_bytes(inputs).values()) + sum(_operand_bytes(outputs).values())
-    flops = 0
-    if packet in _FLOPS:
-        flops = _FLOPS[packet](*args, **kwargs)
-    elif packet in flop_registry:
-        flops = flop_registry[packet](*args, **kwargs, out_val=out)
+    flops = flops_of(packet, args, kwargs, out)
     kind = _ATTENTION.get(packet, "product" if flops else "other")
     head_dim = inputs[0].shape[-1] if packet in _ATTENTION else 0
-    return Kernel(kind, torch._C._current_autograd_node() is not None, int(flops), moved, head_dim)
+    return Kernel(kind, torch._C._current_autograd_node() is not None, flops, moved, head_dim)
+
+
+def flops_of(packet, args: tuple, kwargs: dict[str, Any], out) -> int:
+    """2 per multiply-add of a product, a convolution or an attention, as the ``OpOverloadPacket`` is called and what it
+    returned; 0 for other operators.
+    """
+    if packet in _FLOPS:
+        return int(_FLOPS[packet](*args, **kwargs))
+    return int(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0
 
 
 def _operand_bytes(tensors: list[Tensor]) -> dict[tuple, int]:
