@@ -149,12 +149,12 @@ def table(result: dict[str, Any]) -> str:
     plain = rows[PLAIN]["median_ms"]
     lines = [
         ", ".join(f"{name} {value}" for name, value in setup.items()),
-        f"{'':<36}{'s':>9}{'20-80%':>18}{'x plain':>9}{'TFLOP':>8}{'of limit':>10}{'peak MiB':>10}{'kept MiB':>10}",
+        f"{'':<36}{'s':>9}{'20-80%':>18}{'x plain':>9}{'TFLOP':>10}{'of limit':>10}{'peak MiB':>10}{'kept MiB':>10}",
     ]
     for name, row in rows.items():
         line = f"{name:<36}{row['median_ms'] / 1e3:9.4g}"
         line += f"{row['p20_ms'] / 1e3:9.4g}-{row['p80_ms'] / 1e3:<8.4g}{row['median_ms'] / plain:9.2f}"
-        line += f"{row['flops'] / 1e12:8.3g}{row['share_of_limit']:10.0%}"
+        line += f"{row['flops'] / 1e12:10.3g}{row['share_of_limit']:10.0%}"
         if name != PROBE:
             line += f"{row['peak_bytes'] / 2**20:10.0f}{row['kept_bytes'] / 2**20:10.0f}"
         lines.append(line)

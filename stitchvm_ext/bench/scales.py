@@ -46,7 +46,7 @@ class Scale:
 
 SCALES = {
     "quarter": Scale(blocks=6, depth=1, layers=6, pixels={"cpu": 256, "cuda": 512}),
-    "real": Scale(blocks=24, depth=4, layers=24, pixels={"cpu": 512, "cuda": 1024}),
+    "real": Scale(blocks=24, depth=4, layers=24, pixels={"cpu": 448, "cuda": 1024}),
 }
 SCALE_NAMES = ("playground", *SCALES)
 
@@ -169,7 +169,10 @@ def random_module(make: Callable[[], nn.Module], dtype: torch.dtype, device: str
             if parameter is not None:
                 filled = _filled(parameter.shape, name, pool).to(device)
                 part._parameters[name] = nn.Parameter(filled, requires_grad=False)
-    return module.to(device, dtype).eval().requires_grad_(False)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = buffer.to(device, dtype if buffer.is_floating_point() else None)
+    return module.eval()
 
 
 def _filled(shape: torch.Size, name: str, pool: Tensor) -> Tensor:
