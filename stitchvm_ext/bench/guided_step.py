@@ -22,6 +22,7 @@ from ..value import TweedieValue
 from ..value.base import ValueEstimator
 from .counting import counted
 from .harness import alternate, save, summary
+from .profiling import profile as profile_calls
 from .scales import Setup, build
 
 SIGMA, SIGMA_NEXT = 0.6, 0.55
@@ -32,8 +33,7 @@ Step = Callable[[], Tensor]
 
 def run(scale: str, *, out: Path, device: str = "cpu", pixels: int | None = None, rounds: int = 5) -> dict[str, Any]:
     """Measure all variants in turns; writes guided_step_SCALE.json, from the second round on, and .png."""
-    setup = build(scale, device, pixels)
-    name = f"guided_step_{scale}" if device == "cpu" else f"guided_step_{scale}_cuda"
+    setup, name = build(scale, device, pixels), result_name(scale, device)
     calls, cost = variants(setup), {}
     for variant, call in calls.items():
         cost[variant] = counted(call, setup.weights(), device).as_dict()
@@ -53,6 +53,20 @@ def run(scale: str, *, out: Path, device: str = "cpu", pixels: int | None = None
     plot(result, out / f"{name}.png")
     print(f"\n{table(result)}\n\nwrote {name}.json and {name}.png into {out}")
     return result
+
+
+def profile(scale: str, *, out: Path, device: str = "cpu", pixels: int | None = None) -> dict[str, dict[str, float]]:
+    """Milliseconds of every variant by phase; writes guided_step_SCALE_phases.json and a trace per variant."""
+    setup = build(scale, device, pixels)
+    calls = variants(setup)
+    if scale != "real":  # the first call of a process is slower, by more than such a step takes
+        for call in calls.values():
+            call()
+    return profile_calls(calls, f"{result_name(scale, device)}_phases", out, device)
+
+
+def result_name(scale: str, device: str) -> str:
+    return f"guided_step_{scale}" + ("" if device == "cpu" else "_cuda")
 
 
 def variants(setup: Setup) -> dict[str, Step]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..value import FinetuneConfig
+from .bench import bench
 from .methods import MethodOptions
 from .options import (
     BackboneName,
@@ -363,5 +364,6 @@ COMMANDS = {
     "eval": evaluate,
     "sample": sample,
     "plan": plan,
+    "bench": bench,
     "info": info,
 }
