@@ -17,8 +17,10 @@ from .harness import save
 PHASES = ("prefix", "rest of denoiser", "denoiser", "stitch", "suffix", "decode", "reward", "backward")
 
 
-def profile(calls: dict[str, Callable[[], Any]], name: str, out: Path, device: str = "cpu") -> dict[str, Any]:
-    """One call of each under PyTorch's profiler.
+def profile(
+    calls: dict[str, Callable[[], Any]], name: str, out: Path, device: str = "cpu", warmup: bool = True
+) -> dict[str, dict[str, float]]:
+    """One call of each under PyTorch's profiler, after another one with ``warmup``; returns milliseconds by phase.
 
     Writes NAME-CALL.trace.json, which chrome://tracing and Perfetto open, and NAME.json, and prints the table. On CUDA
     each runs once more with its ranges as NVTX ranges, which Nsight Systems shows if the process runs under it.
@@ -26,6 +28,8 @@ def profile(calls: dict[str, Callable[[], Any]], name: str, out: Path, device: s
     out.mkdir(parents=True, exist_ok=True)
     rows = {}
     for title, call in calls.items():
+        if warmup:  # the first call of a process allocates what later ones find
+            call()
         rows[title], trace = profile_one(call, device)
         trace.export_chrome_trace(str(out / f"{name}-{re.sub('[^a-z0-9]+', '-', title.lower())}.trace.json"))
         print(f"profiled {title}", flush=True)

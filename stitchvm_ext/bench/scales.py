@@ -72,6 +72,10 @@ class Setup:
     def backbone(self) -> DiffusionBackbone:
         return self.value.backbone
 
+    @property
+    def device(self) -> str:
+        return self.latents.device.type
+
     def weights(self) -> list[Tensor]:
         """Parameters and buffers that are there whatever is run."""
         modules = (self.pipe.transformer, self.pipe.vae, self.reward, self.value)

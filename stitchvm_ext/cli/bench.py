@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,11 +10,12 @@ import tyro
 
 from .options import hide_loading_bars
 
-Question = Literal["guided-step"]
+QUESTIONS = {"guided-step": "guided_step", "value-gradient": "value_gradient", "proposal": "proposals"}
+"""The module of :mod:`stitchvm_ext.bench` that answers it."""
 
 
 def bench(
-    name: Annotated[Question, tyro.conf.Positional] = "guided-step",
+    name: Annotated[Literal[tuple(QUESTIONS)], tyro.conf.Positional] = "guided-step",
     scale: Literal["playground", "quarter", "real"] = "playground",
     out: Path = Path("stitchvm-bench"),
     device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -27,7 +29,8 @@ def bench(
     their spread, peak memory, and how much of the machine's speed at matrix products is reached.
 
     Args:
-        name: guided-step: one step of plain sampling, of Tweedie-DPS and of StitchVM-DPS.
+        name: guided-step: one step of plain sampling, of Tweedie-DPS and of StitchVM-DPS; value-gradient: V and its
+            gradient by themselves; proposal: V alone, as particle methods ask for it.
         scale: playground is the small model that ships with this package, with its trained weights; quarter a quarter
             of SD3.5 Medium at its true width, with its autoencoder; real the whole of it with ViT-L/14-336, random
             bfloat16 weights (7 GB, and as much again for Tweedie-DPS; minutes per round on a CPU).
@@ -41,7 +44,8 @@ def bench(
     """
     import torch
 
-    from ..bench import guided_step
+    from ..bench.profiling import profile as profile_calls
+    from ..bench.scales import build
 
     if rounds < 2:
         raise ValueError(f"rounds: expected at least 2, got {rounds}")
@@ -50,7 +54,10 @@ def bench(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     hide_loading_bars()
+    question = import_module(f"stitchvm_ext.bench.{QUESTIONS[name]}")
+    setup = build(scale, device, pixels)
+    result = f"{QUESTIONS[name]}_{scale}" + ("" if device == "cpu" else "_cuda")
     if profile:
-        guided_step.profile(scale, out=out, device=device, pixels=pixels)
+        profile_calls(question.calls(setup), f"{result}_phases", out, device, warmup=scale != "real")
     else:
-        guided_step.run(scale, out=out, device=device, pixels=pixels, rounds=rounds)
+        question.run(setup, result, out=out, rounds=rounds)

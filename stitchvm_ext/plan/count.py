@@ -21,8 +21,16 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 aten = torch.ops.aten
 
+
+def _multi_head_attention(q: Tensor, *_, **__) -> int:
+    """All of ``nn.MultiheadAttention`` on one sequence [B, N, C]: what it is under ``no_grad``."""
+    batch, tokens, width = q.shape
+    return batch * (8 * tokens * width**2 + 4 * tokens**2 * width)
+
+
 # Products that PyTorch's own table leaves out. Costs are those of dense products: attention's backward is five of them.
 _FLOPS: dict[object, Callable[..., int]] = {
+    aten._native_multi_head_attention: _multi_head_attention,
     aten.addmm_: lambda _, a, b, **__: 2 * a.shape[0] * a.shape[1] * b.shape[1],
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
         q.shape, k.shape, v.shape

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from stitchvm_ext.bench import guided_step, scales
-from stitchvm_ext.bench.guided_step import PLAIN, PROBE, TWEEDIE
+from stitchvm_ext.bench.guided_step import PLAIN, TWEEDIE
+from stitchvm_ext.bench.suite import PROBE
 from stitchvm_ext.cli.bench import bench
 from stitchvm_ext.fused import fused_forward
 
@@ -49,7 +50,7 @@ def test_playground_result(tmp_path, capsys):
 
 
 def test_stitched_variants_take_the_same_step(setup):
-    steps = {name: call() for name, call in guided_step.variants(setup).items()}
+    steps = {name: call() for name, call in guided_step.calls(setup).items()}
     plain = steps[PLAIN] - setup.latents
     for name in STITCHED:
         torch.testing.assert_close(steps[name], steps[STITCHED[0]], rtol=1e-4, atol=1e-4)
@@ -62,7 +63,7 @@ def test_libraries_own_blocks_run_none_fused(setup, monkeypatch):
     fused = []
     original = fused_forward.joint_block
     monkeypatch.setattr(fused_forward, "joint_block", lambda *args: fused.append(1) or original(*args))
-    calls = guided_step.variants(setup)
+    calls = guided_step.calls(setup)
     for name in (PLAIN, TWEEDIE, "stitched, own prefix", "stitched, shared"):
         calls[name]()
     assert not fused
@@ -82,7 +83,7 @@ def test_true_geometry_with_random_weights(monkeypatch):
     blocks = setup.pipe.transformer.transformer_blocks
     assert blocks[0].attn2 is not None and blocks[1].attn2 is None  # 13 of 24 blocks have two attentions
     assert setup.value.can_share(setup.condition)
-    calls = guided_step.variants(setup)
+    calls = guided_step.calls(setup)
     steps = {name: calls[name]() for name in (PLAIN, TWEEDIE, "stitched, shared", "stitched, shared, fused")}
     for step in steps.values():
         assert step.shape == (1, 16, 4, 4) and step.isfinite().all()

@@ -9,6 +9,8 @@ from stitchvm_ext.bench import guided_step, scales
 from stitchvm_ext.bench.counting import FlopCount, KeptBytes, counted
 from stitchvm_ext.bench.harness import alternate
 from stitchvm_ext.bench.profiling import PHASES, profile_one
+from stitchvm_ext.bench.suite import PROBE
+from stitchvm_ext.cli.bench import bench
 from stitchvm_ext.measure import phase
 
 
@@ -25,6 +27,16 @@ def test_flops_are_those_of_torch():
     with FlopCount() as ours:
         call()
     assert ours.flops == torchs.get_total_flops() > 0
+
+
+def test_flops_of_attention_under_no_grad():
+    attention = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    x = torch.randn(2, 7, 32)
+    with FlopCount() as differentiated:
+        attention(x, x, x, need_weights=False)
+    with FlopCount() as frozen, torch.no_grad():  # one operator for all of it
+        attention(x, x, x, need_weights=False)
+    assert frozen.flops == differentiated.flops > 0
 
 
 def test_kept_bytes_leave_with_the_backward():
@@ -68,7 +80,7 @@ def test_random_module_without_initialisation():
 
 def test_phases_of_a_step():
     setup = scales.build("playground")
-    calls = guided_step.variants(setup)
+    calls = guided_step.calls(setup)
     found = {}
     for name in ("plain", "Tweedie-DPS", "stitched, own prefix", "stitched, shared, fused"):
         row, _ = profile_one(calls[name])
@@ -83,12 +95,22 @@ def test_phases_of_a_step():
 
 
 def test_profile_writes_traces(tmp_path):
-    guided_step.profile("playground", out=tmp_path)
-    rows = json.loads((tmp_path / "guided_step_playground_phases.json").read_text())["phases"]
+    bench("value-gradient", out=tmp_path, device="cpu", profile=True)
+    rows = json.loads((tmp_path / "value_gradient_playground_phases.json").read_text())["phases"]
     traces = sorted(tmp_path.glob("*.trace.json"))
-    assert len(traces) == len(rows) == 6
-    names = {event.get("name") for event in json.loads((tmp_path / traces[1].name).read_text())["traceEvents"]}
+    assert len(traces) == len(rows) == 4
+    names = {event.get("name") for event in json.loads(traces[0].read_text())["traceEvents"]}
     assert {"prefix", "stitch", "suffix", "backward"} <= names
+
+
+@pytest.mark.parametrize(("question", "file"), [("value-gradient", "value_gradient"), ("proposal", "proposals")])
+def test_values_alone(tmp_path, question, file):
+    bench(question, out=tmp_path, device="cpu", rounds=2)
+    rows = json.loads((tmp_path / f"{file}_playground.json").read_text())["variants"]
+    assert rows["stitched"]["flops"] < rows["Tweedie"]["flops"]
+    assert rows["stitched, fused"]["flops"] <= rows["stitched"]["flops"]
+    keeps = question == "value-gradient"
+    assert all((row["kept_bytes"] > 0) == keeps for name, row in rows.items() if name != PROBE)
 
 
 def test_no_ranges_without_a_profiler(monkeypatch):
