@@ -15,8 +15,8 @@ NOTES = (
     "Predictions: counted from shapes, nothing was run. FLOPs are exact; bytes of memory leave out fragmentation.",
     "Times: from the roofline (80% of the data sheet's arithmetic, 90% of its bandwidth, everything fused) to eager "
     "PyTorch at assumed rates. Published times of whole programs lie up to 2.2 times above the upper end.",
-    "Weights are in bfloat16 and leave out text encoders; rewards' text towers run once per prompt and leave. Quantised "
-    "weights, weights streamed from the host and tiled decoding are not looked at.",
+    "Weights are in bfloat16 and leave out text encoders; rewards' text towers run once per prompt and leave. "
+    "Quantised weights, weights streamed from the host and tiled decoding are not looked at.",
 )
 
 
