@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 from guidance import run, table
-from stitchvm_ext.bench.harness import RESULTS, save
 
 from stitchvm_ext import TweedieValue, stitch
+from stitchvm_ext.bench.harness import RESULTS, save
 from stitchvm_ext.playground import load_pipeline, load_reward
 from stitchvm_ext.playground.experiments import Method, held_out_prompts
 from stitchvm_ext.playground.train import REWARD_SEEDS, Training, generator_from_state, pack

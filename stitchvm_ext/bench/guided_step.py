@@ -18,7 +18,7 @@ from torch import Tensor
 from ..sampling.guidance import Guidance
 from ..value import TweedieValue
 from ..value.base import ValueEstimator
-from .scales import Setup
+from .scales import Setup, build
 from .suite import Calls, Rows, measure, unfused, with_memory
 
 SIGMA, SIGMA_NEXT = 0.6, 0.55
@@ -26,8 +26,9 @@ PLAIN, TWEEDIE = "plain", "Tweedie-DPS"
 TARGETS = {"faster_than_tweedie": 2.8, "time_over_plain": 1.35, "peak_over_tweedie": 0.4}  # of stitched, on a CPU
 
 
-def run(setup: Setup, name: str, *, out: Path, rounds: int) -> dict[str, Any]:
+def run(scale: str, name: str, *, out: Path, device: str, pixels: int | None, rounds: int) -> dict[str, Any]:
     """Measure all variants in turns."""
+    setup = build(scale, device, pixels)
     result = measure(setup, calls(setup), name, out=out, rounds=rounds, add=compare)
     for variant, ratio in result["stitched"].items():
         peak = "" if ratio["peak_over_tweedie"] is None else f", {ratio['peak_over_tweedie']:.2f} of its peak"

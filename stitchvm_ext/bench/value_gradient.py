@@ -11,12 +11,13 @@ from typing import Any
 
 from ..value import TweedieValue
 from .guided_step import SIGMA
-from .scales import Setup
+from .scales import Setup, build
 from .suite import Calls, measure, unfused, with_memory
 
 
-def run(setup: Setup, name: str, *, out: Path, rounds: int) -> dict[str, Any]:
+def run(scale: str, name: str, *, out: Path, device: str, pixels: int | None, rounds: int) -> dict[str, Any]:
     """Measure all variants in turns."""
+    setup = build(scale, device, pixels)
     return measure(setup, calls(setup), name, out=out, rounds=rounds)
 
 

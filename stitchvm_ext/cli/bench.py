@@ -10,8 +10,17 @@ import tyro
 
 from .options import hide_loading_bars
 
-QUESTIONS = {"guided-step": "guided_step", "value-gradient": "value_gradient", "proposal": "proposals"}
+QUESTIONS = {
+    "guided-step": "guided_step",
+    "value-gradient": "value_gradient",
+    "proposal": "proposals",
+    "search": "search",
+    "stage2": "stage2",
+    "nft": "nft",
+}
 """The module of :mod:`stitchvm_ext.bench` that answers it."""
+
+PROFILED = ("guided-step", "value-gradient", "proposal")
 
 
 def bench(
@@ -30,7 +39,9 @@ def bench(
 
     Args:
         name: guided-step: one step of plain sampling, of Tweedie-DPS and of StitchVM-DPS; value-gradient: V and its
-            gradient by themselves; proposal: V alone, as particle methods ask for it.
+            gradient by themselves; proposal: V alone, as particle methods ask for it; search: the closed-form search
+            against a least-squares solution per pair; stage2: images per second with and without caches; nft: an
+            iteration of DiffusionNFT (playground alone).
         scale: playground is the small model that ships with this package, with its trained weights; quarter a quarter
             of SD3.5 Medium at its true width, with its autoencoder; real the whole of it with ViT-L/14-336, random
             bfloat16 weights (7 GB, and as much again for Tweedie-DPS; minutes per round on a CPU).
@@ -55,9 +66,12 @@ def bench(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     hide_loading_bars()
     question = import_module(f"stitchvm_ext.bench.{QUESTIONS[name]}")
-    setup = build(scale, device, pixels)
     result = f"{QUESTIONS[name]}_{scale}" + ("" if device == "cpu" else "_cuda")
+    if profile and name not in PROFILED:
+        raise ValueError(f"profile: expected one of {list(PROFILED)}, got {name!r}")
     if profile:
-        profile_calls(question.calls(setup), f"{result}_phases", out, device, warmup=scale != "real")
+        profile_calls(
+            question.calls(build(scale, device, pixels)), f"{result}_phases", out, device, warmup=scale != "real"
+        )
     else:
-        question.run(setup, result, out=out, rounds=rounds)
+        question.run(scale, result, out=out, device=device, pixels=pixels, rounds=rounds)
