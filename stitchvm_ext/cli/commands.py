@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..value import FinetuneConfig
+from .bench import bench
 from .compare import compare
 from .methods import MethodOptions
 from .options import (
@@ -365,5 +366,6 @@ COMMANDS = {
     "sample": sample,
     "compare": compare,
     "plan": plan,
+    "bench": bench,
     "info": info,
 }
