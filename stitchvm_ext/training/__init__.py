@@ -3,7 +3,8 @@
 from .config import TrainingConfig
 from .nft import NFTConfig, NFTTrainer
 from .prompts import PromptDataset
+from .reward_fn import as_reward_fn
 from .rewards import CleanReward
 from .trainer import Trainer
 
-__all__ = ["CleanReward", "NFTConfig", "NFTTrainer", "PromptDataset", "Trainer", "TrainingConfig"]
+__all__ = ["CleanReward", "NFTConfig", "NFTTrainer", "PromptDataset", "Trainer", "TrainingConfig", "as_reward_fn"]
