@@ -7,7 +7,16 @@ from typing import Literal
 
 from ..value import FinetuneConfig
 from .methods import MethodOptions
-from .options import BackboneOptions, OptionalRewardOptions, RewardOptions, SizeOptions, hide_loading_bars
+from .options import (
+    BackboneName,
+    BackboneOptions,
+    DeviceName,
+    OptionalRewardOptions,
+    RewardOptions,
+    SizeOptions,
+    TowerName,
+    hide_loading_bars,
+)
 
 
 def info() -> None:
@@ -282,8 +291,77 @@ def _prompts(prompt: tuple[str, ...], prompts: Path | None) -> list:
     return read_prompts(list(prompt) if prompt else prompts)
 
 
+def plan(
+    backbone: BackboneName,
+    reward: tuple[TowerName, ...],
+    method: Literal["dps", "fk", "nft", "draft"] = "dps",
+    resolution: int | None = None,
+    device: DeviceName = "h200",
+    depth: int = 4,
+    layer: int = 1,
+    steps: int | None = None,
+    batch: int | None = None,
+    particles: int = 4,
+    proposals: int = 2,
+    images: int = 100_000,
+    epochs: int = 5,
+    json: bool = False,
+    plot: Path | None = None,
+) -> None:
+    """What would it cost? FLOPs, memory and a range of times, predicted in seconds, without a GPU or a download.
+
+    Prints the plain pipeline or the published method, its Tweedie baselines and the stitched value at each memory
+    level; what it costs to make the value; and which cards fit with which preset.
+
+    Args:
+        backbone: the pipeline.
+        reward: one or several, which share the backbone's prefix.
+        method: gradient guidance, particles, or an iteration of DiffusionNFT or DRaFT.
+        resolution: side of the square pictures; by default 1024 for sampling and 512 for training.
+        device: the card that the times are for.
+        depth: backbone blocks kept, i.
+        layer: reward block entered, j.
+        steps: of the schedule; by default 100 for dps, 40 or 28 for fk, 25 for nft, 10 for draft.
+        batch: pictures in one pass; by default 1, for nft 8.
+        particles: N of fk.
+        proposals: M of fk.
+        images: pictures for the finetuning.
+        epochs: of the finetuning.
+        json: print JSON instead of tables.
+        plot: write a plot into this PNG file.
+    """
+    from ..plan import plan as predict
+
+    predicted = predict(
+        backbone,
+        reward,
+        method,
+        resolution=resolution,
+        device=device,
+        depth=depth,
+        layer=layer,
+        steps=steps,
+        batch=batch,
+        particles=particles,
+        proposals=proposals,
+        images=images,
+        epochs=epochs,
+    )
+    if plot is not None:
+        predicted.plot(plot)
+    print(predicted.to_json() if json else predicted.table())
+
+
 def _text_options(max_sequence_length: int | None) -> dict[str, int]:
     return {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
 
 
-COMMANDS = {"demo": demo, "search": search, "train": train, "eval": evaluate, "sample": sample, "info": info}
+COMMANDS = {
+    "demo": demo,
+    "search": search,
+    "train": train,
+    "eval": evaluate,
+    "sample": sample,
+    "plan": plan,
+    "info": info,
+}

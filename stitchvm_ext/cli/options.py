@@ -10,10 +10,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from ..plan import ARCHITECTURES, DEVICES, TOWERS
 from ..rewards.loading import KINDS
 from ..sampling.guidance import SCHEDULES
 
 RewardName = Literal[tuple(KINDS)]
+BackboneName = Literal[tuple(ARCHITECTURES)]  # these three of the planner
+TowerName = Literal[tuple(TOWERS)]
+DeviceName = Literal[tuple(DEVICES)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 

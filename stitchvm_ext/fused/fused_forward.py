@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..offload import hooked_device, weights_leave
 from .function import Want, is_compiled, is_frozen, is_plain_linear
@@ -106,6 +107,8 @@ _checked: WeakKeyDictionary[nn.Module, tuple[int, int]] = WeakKeyDictionary()  #
 def _has_no_zero(norm: nn.Module) -> bool:
     """Looked at once for a state of the weight: on a GPU every look is a synchronisation."""
     weight = norm.weight
+    if isinstance(weight, FakeTensor):  # shapes alone, for counting: taken to be as the published ones are
+        return True
     if weight.is_inference():  # made in inference mode: it does not tell its changes
         return not bool((weight == 0).any())
     state = weight.data_ptr(), weight._version

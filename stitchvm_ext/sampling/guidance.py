@@ -94,8 +94,9 @@ class Guidance:
         return self.weight(sigma) > 0
 
     def check_task(self, task) -> None:
-        """Raises ValueError for a schedule that is not guided at any step."""
-        self.check_schedule(task.sigmas)
+        """Raises ValueError for a schedule that is not guided at any step, where there is a value."""
+        if task.denoiser.value is not None:
+            self.check_schedule(task.sigmas)
 
     def check_schedule(self, sigmas: Tensor) -> None:
         """Raises ValueError if there is a strength and no step of a schedule [T+1] that it guides."""

@@ -211,8 +211,7 @@ def guided_sample(
             reward=None if reward is None else _scorer(to_images, reward, batch_size),
             on_step=bar.update,
         )
-        if value is not None:
-            settings.check_task(task)
+        settings.check_task(task)
         clock = Stopwatch(backbone.device)
         with (
             torch.inference_mode(False),  # a caller's inference mode would leave no way to a gradient

@@ -233,6 +233,7 @@ def test_a_value_of_another_backbone(stitched, reward, seeds, pipe, method):
         ("fk", {"target_ess": 0.0}, ValueError, "target_ess"),
         ("fk", {"value": None}, ValueError, "value: expected an estimator for method 'fk'"),
         ("best_of_n", {"value": None}, ValueError, "value: expected an estimator, or a reward"),
+        ("best_of_n", {"value": None, "reward": True, "keep": ((1, 2),)}, ValueError, "value.*estimator for keep"),
         ("best_of_n", {"keep": ((1, 4),)}, ValueError, "keep.*fewer than 4"),
         ("best_of_n", {"keep": ((5, 2),)}, ValueError, "keep.*below 5"),
         ("best_of_n", {"keep": ((1, 2),), "stop_above": 0.5}, ValueError, "keep.*stop_above"),
@@ -242,7 +243,8 @@ def test_a_value_of_another_backbone(stitched, reward, seeds, pipe, method):
         ("fk", {"latents": torch.zeros(2, 4, 16, 16)}, ValueError, r"latents: expected shape \[8, 4, 16, 16\]"),
     ],
 )
-def test_bad_options_are_refused_before_any_work(pipe, stitched, block_rows, method, options, error, message):
+def test_bad_options_are_refused_before_any_work(pipe, stitched, reward, block_rows, method, options, error, message):
+    options = options | ({"reward": reward} if options.get("reward") is True else {})
     with pytest.raises(error, match=message):
         guided_sample(pipe, **{"value": stitched, "prompt": PROMPTS, "method": method, **RUN, **options})
     assert not block_rows
