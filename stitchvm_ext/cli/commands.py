@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..value import FinetuneConfig
+from .align import align
 from .methods import MethodOptions
 from .options import (
     BackboneName,
@@ -362,6 +363,7 @@ COMMANDS = {
     "train": train,
     "eval": evaluate,
     "sample": sample,
+    "align": align,
     "plan": plan,
     "info": info,
 }
