@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..value import FinetuneConfig
+from .align import align
 from .bench import bench
 from .compare import compare
 from .methods import MethodOptions
@@ -365,6 +366,7 @@ COMMANDS = {
     "eval": evaluate,
     "sample": sample,
     "compare": compare,
+    "align": align,
     "plan": plan,
     "bench": bench,
     "info": info,
