@@ -11,12 +11,20 @@ CASES = [("draft", False), ("draft", True), ("dpo", False), ("dpo", True)]
 cases = pytest.mark.parametrize(("method", "stitched"), CASES)
 
 
+def logs_close(found, expected):
+    """At iteration 1 policy and reference are equal: the margin's sign, and so the accuracy, is that of rounding."""
+    for rows in (found, expected):
+        rows[1].pop("accuracy", None)
+        assert abs(rows[1].pop("margin", 0.0)) < 1e-3
+    rows_close(found, expected)
+
+
 @cases
 def test_batch_sizes_and_checkpointing_do_not_change_a_step(tmp_path, method, stitched):
     settings = {"method": method, "stitched": stitched, "prompts_per_iteration": 3}
     one = build(tmp_path / "one", **settings)
     other = build(tmp_path / "other", **settings, train_batch_size=2, rollout_batch_size=2, gradient_checkpointing=True)
-    rows_close(other.train(progress=False), one.train(progress=False))
+    logs_close(other.train(progress=False), one.train(progress=False))
     assert_close(weights(other), weights(one), rtol=1e-3, atol=1e-4)
 
 
@@ -37,7 +45,7 @@ def test_two_processes_equal_one_with_accumulation(tmp_path, method, stitched):
     run(tmp_path / "one", tmp_path / "one.pt", "--train-batch", 2, *options)
     run(tmp_path / "two", tmp_path / "two.pt", "--train-batch", 8, *options, processes=2)
     one, two = load(tmp_path / "one.pt"), load(tmp_path / "two.pt")
-    rows_close(two["rows"], one["rows"])
+    logs_close(two["rows"], one["rows"])
     assert_close(two["weights"], one["weights"], rtol=1e-3, atol=1e-4)
 
 
