@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 from guidance import run, table
-from harness import RESULTS, save
 
 from stitchvm_ext import TweedieValue, stitch
+from stitchvm_ext.bench.harness import RESULTS, save
 from stitchvm_ext.evaluation.compare import Contender
 from stitchvm_ext.playground import load_pipeline, load_reward
 from stitchvm_ext.playground.experiments import held_out_prompts

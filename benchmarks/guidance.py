@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 
-from harness import RESULTS, save
 from tqdm import tqdm
 
 from stitchvm_ext import TweedieValue
+from stitchvm_ext.bench.harness import RESULTS, save
 from stitchvm_ext.evaluation.compare import Contender
 from stitchvm_ext.playground import load_pipeline, load_reward, load_value
 from stitchvm_ext.playground.experiments import compare_methods, held_out_prompts

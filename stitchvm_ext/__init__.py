@@ -10,12 +10,15 @@ from ._version import __version__
 
 _HOME = {
     "AestheticReward": "rewards",
+    "CleanReward": "training",
     "DistilConfig": "rewards",
     "DistilledReward": "rewards",
     "FKSteeringCallback": "sampling.callbacks",
     "FinetuneConfig": "value",
     "ImageReward": "rewards",
     "MonteCarloValue": "value",
+    "NFTConfig": "training",
+    "NFTTrainer": "training",
     "OpenClipReward": "rewards",
     "RewardSum": "rewards",
     "ScheduledValue": "value",
@@ -26,6 +29,7 @@ _HOME = {
     "ValueGuidanceCallback": "sampling.callbacks",
     "ValueSum": "value",
     "apply_value_guidance": "sampling",
+    "as_reward_fn": "training",
     "backbone_of": "backbones",
     "cache_rollouts": "value",
     "distil_reward": "rewards",

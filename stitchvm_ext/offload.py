@@ -59,6 +59,18 @@ def _indexed(device) -> torch.device:
     return torch.empty(0, device=device).device
 
 
+def offload_text_encoders(pipe, device: torch.device) -> None:
+    """Have accelerate keep a pipeline's text encoders on the host and send their layers to ``device`` one by one.
+
+    Those that have hooks already stay as they are. Raises ImportError without accelerate.
+    """
+    from accelerate import cpu_offload
+
+    for name, encoder in pipe.components.items():
+        if name.startswith("text_encoder") and isinstance(encoder, nn.Module) and not is_offloaded(encoder):
+            cpu_offload(encoder.to("cpu"), device)
+
+
 @contextmanager
 def partial_pass(module: nn.Module, blocks: Sequence[nn.Module] = ()) -> Iterator[None]:
     """Around a pass through parts of ``module`` that does not call it: its own hooks run, as a call would run them.

@@ -21,12 +21,19 @@ RUN += "runpy.run_path(sys.argv[0], run_name='__main__')"
 
 def run(recipe: str, folder: Path, pipeline, configs: list[str] | None = None, **options) -> Path:
     """The recipe on a folder of twelve pictures, through two training steps; returns where it wrote."""
+    options = {
+        "eval_limit": 6, "steps": 2, "prompt": "a red circle", "config.epochs": 1, "config.batch_size": 2, **options,
+    }  # fmt: skip
+    return start(recipe, folder, pipeline, configs, **options)
+
+
+def start(recipe: str, folder: Path, pipeline, configs: list[str] | None = None, **options) -> Path:
+    """The recipe with what all have in common: models and pictures."""
     pipeline.save_pretrained(folder / "backbone")
     data.write_pictures(folder / "photos", data.pictures(12), [f"{k}.png" for k in range(12)])
     options = {
         "images": folder / "photos", "backbone": folder / "backbone", "out": folder / "out", "device": "cpu",
-        "size": 32, "probe_images": 8, "eval_limit": 6, "steps": 2, "prompt": "a red circle", "config.epochs": 1,
-        "config.batch_size": 2, **options,
+        "size": 32, "probe_images": 8, **options,
     }  # fmt: skip
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     program = RUN.format(configs=[str(c) for c in configs or []])
@@ -87,3 +94,25 @@ def test_flux_aesthetic(tmp_path):
         head=tmp_path / "reward" / "sac+logos+ava1-l14-linearMSE.pth", annotations=annotations, eval_images=images,
     )  # fmt: skip
     check(out, "AVA", "Spearman with people's ratings")
+
+
+@pytest.mark.slow
+def test_sd35_medium_nft(tmp_path):
+    align("nft", tmp_path, **{"config.prompts_per_iteration": 2, "config.group_size": 2})
+
+
+def align(method: str, folder: Path, **options) -> None:
+    rewards.tiny_dfn_clip(folder / "dfn")
+    rewards.write_hpsv2(folder / "hps")
+    rewards.write_pickscore(folder / "pickscore")
+    (folder / "prompts.txt").write_text("\n".join(["a red circle", "two blue squares", "a ring", "a green ring"]))
+    options |= {
+        "hps": folder / "hps" / "HPS_v2.1_compressed.pt", "hps_model": "tiny-hps", "dfn": folder / "dfn",
+        "held_out": folder / "pickscore", "prompts": folder / "prompts.txt", "eval_prompts": 2, "stitching.epochs": 1,
+        "stitching.batch_size": 2, "config.iterations": 1, "config.eval_steps": 2, "config.mixed_precision": "no",
+    }  # fmt: skip
+    configs = [folder / "hps" / "tiny-hps.json"]
+    out = start(f"sd35_medium_{method}.py", folder, tiny_pipeline(t5=True), configs, **options)
+    rows = [json.loads(line) for line in (out / method / "metrics.jsonl").read_text().splitlines()]
+    assert {"held_out/dfn-clip", "held_out/hpsv2", "held_out/pickscore", "reward/mean"} <= set(rows[-1])
+    assert (out / method / "pytorch_lora_weights.safetensors").is_file() and (out / "hpsv2" / "README.md").is_file()

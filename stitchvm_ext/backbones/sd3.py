@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..offload import offload_device
 from .base import DiffusionBackbone
 from .condition import Encoding
 
@@ -55,10 +56,12 @@ class SD3Backbone(DiffusionBackbone):
         Args:
             max_sequence_length: rows that the T5 encoder contributes. A pipeline without T5 fills them with zeros.
         """
+        encoder = pipe.text_encoder  # offloaded alone, it leaves a pipeline on the CPU without a device of its own
         embeds, _, pooled, _ = pipe.encode_prompt(
             prompt=list(prompts),
             prompt_2=None,
             prompt_3=None,
+            device=encoder and offload_device(encoder),
             do_classifier_free_guidance=False,
             max_sequence_length=max_sequence_length,
         )

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from ..value import FinetuneConfig
+from .align import align
+from .bench import bench
 from .compare import compare
 from .methods import MethodOptions
 from .options import (
@@ -364,6 +366,8 @@ COMMANDS = {
     "eval": evaluate,
     "sample": sample,
     "compare": compare,
+    "align": align,
     "plan": plan,
+    "bench": bench,
     "info": info,
 }

@@ -25,6 +25,10 @@ class CleanReward(ValueEstimator):
     def __init__(self, pipe, reward: RewardModel | RewardSum):
         self.backbone, self.vae, self.reward = backbone_of(pipe), pipe.vae, reward
 
+    @property
+    def reads_encoding(self) -> bool:
+        return False
+
     def images(self, latents: Tensor) -> Tensor:
         """D(z_0) in [0, 1]."""
         return self.backbone.decode_latents(self.vae, latents).clamp(0, 1)

@@ -20,8 +20,10 @@ from tqdm import tqdm
 from ..backbones import Condition, backbone_of
 from ..backbones.distilled import warn_if_few_step
 from ..backbones.identity import fingerprint
+from ..offload import offload_text_encoders
 from ..rewards.base import RewardModel
 from ..rewards.sum import RewardSum
+from ..rewards.text import TextConditioned
 from ..sampling.checks import as_prompts, check_value
 from ..sampling.encoding import encode_condition, split_guidance, text_options_of
 from ..sampling.schedule import pipeline_sigmas
@@ -105,13 +107,15 @@ class Trainer(ABC):
 
         denoiser = self.policy.denoiser
         add_adapters(denoiser, self.adapters, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
-        if config.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing()
         pipe.vae.requires_grad_(False)
+        if config.offload_text_encoders:
+            offload_text_encoders(pipe, self.policy.device)
         self.parameters = adapter_parameters(denoiser)
         self.base = self.policy.on(base_view(denoiser))
         self._merged = MergedView(denoiser)
         self._merged_backbone = self.policy.on(self._merged.denoiser)
+        if config.gradient_checkpointing:  # of the policy alone: the views' blocks may run fused, a second time not
+            denoiser.enable_gradient_checkpointing()
         self.value = on_backbone(value, self.policy, self.base)
         self._rewards = [r for source in (value, *self.held_out.values()) for r in rewards_in(source)]
         self.optimizer = torch.optim.AdamW(
@@ -197,6 +201,10 @@ class Trainer(ABC):
         for text in dict.fromkeys(prompts):  # rewards keep them: in a batch they would depend on what was kept before
             for reward in self._rewards:
                 reward.encode_condition([text])
+        if self.config.offload_text_encoders:
+            for reward in self._rewards:
+                if isinstance(reward, TextConditioned) and reward.text.tower is not None:
+                    reward.text.tower.to("cpu")
         scale, options = split_guidance(self.policy, self.config.guidance_scale, 1.0, self.text_options)
         return encode_condition(self.pipe, self.policy, list(prompts), [""] * len(prompts), scale, options)
 

@@ -23,9 +23,11 @@ COMMON = {
 METHODS = {"nft": (NFTTrainer, NFTConfig), "draft": (DraftTrainer, DraftConfig), "dpo": (DPOTrainer, DPOConfig)}
 
 
-def stitched_value(pipe, *depths: int):
-    """Untrained stitched values of the small reward on a pipeline, one per depth; the sum of several."""
-    backbone, reward = backbone_of(pipe), tiny.tiny_reward()
+def stitched_value(pipe, *depths: int, reward=None):
+    """Untrained stitched values of a reward, by default the small one, on a pipeline, one per depth; the sum of
+    several.
+    """
+    backbone, reward = backbone_of(pipe), reward or tiny.tiny_reward()
     images = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     null = backbone.null_condition(pipe, **TEXT)
     latents = backbone.encode_images(pipe.vae, images)

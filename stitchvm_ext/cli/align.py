@@ -1,0 +1,122 @@
+"""`stitchvm align`: train a LoRA of the generator to raise a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ..training import NFTConfig, NFTTrainer, TrainingConfig
+from .options import BackboneOptions, OptionalRewardOptions, Reward, hide_loading_bars
+
+TRAINERS = {"nft": NFTTrainer}
+MethodName = Literal[tuple(TRAINERS)]
+EVAL_SHARE, EVAL_PROMPTS = 8, 16  # by default a prompt in eight, at most so many, is kept for evaluation
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The method and its settings. Settings of a method that is not chosen are refused.
+
+    Attributes:
+        method: "nft" is DiffusionNFT, online reinforcement learning on the forward process.
+        nft: settings of nft.
+    """
+
+    method: MethodName
+    nft: NFTConfig = NFTConfig()
+
+    def config(self) -> TrainingConfig:
+        """The chosen method's. Raises ValueError where another's were given."""
+        for group in fields(self)[1:]:
+            if group.name != self.method and getattr(self, group.name) != group.default:
+                raise ValueError(f"{group.name}: expected no settings of it with --method {self.method}")
+        return getattr(self, self.method)
+
+
+AlignmentOptions = Annotated[Alignment, tyro.conf.arg(name="")]
+
+
+def align(
+    backbone: BackboneOptions,
+    reward: OptionalRewardOptions,
+    alignment: AlignmentOptions,
+    prompts: Path,
+    held_out: tuple[str, ...],
+    out: Path,
+    value: tuple[str, ...] = (),
+    eval_prompts: Path | None = None,
+) -> None:
+    """Train a LoRA of the generator to raise a stitched value, or the clean reward, on prompts.
+
+    Writes metrics.jsonl, curves.png, sample grids, checkpoints and at the end pytorch_lora_weights.safetensors, which a
+    stock pipeline loads by load_lora_weights. Interrupted, the same command goes on where it stopped. On several GPUs:
+    torchrun --nproc-per-node 8 -m stitchvm_ext.cli align ...
+
+    Args:
+        prompts: text file to train on, one prompt per line.
+        held_out: clean rewards that are measured and not trained on, which shows whether the trained one is being
+            tricked: each KIND, KIND=PATH or KIND=PATH,NAME=OPTION, kinds as for --reward.
+        out: folder of the run.
+        value: folders of value models, or owner/name on the Hub, to train on; several are added up. "playground" is the
+            embedded one. Without one, --reward is trained on, which decodes every sample.
+        eval_prompts: text file of held-out prompts, each drawn in every evaluation; by default the last eighth of
+            PROMPTS, at most 16, which then are not trained on.
+    """
+    from ..training import CleanReward, PromptDataset
+
+    if bool(value) == (reward.reward is not None):
+        raise ValueError("value: expected either --value FOLDER ... or --reward KIND")
+    config = alignment.config()
+    texts = PromptDataset(prompts).texts
+    texts, held_out_texts = _split(texts) if eval_prompts is None else (texts, PromptDataset(eval_prompts).texts)
+    hide_loading_bars()
+    device = backbone.torch_device
+    judges = {name: _parse(name).load(device) for name in held_out}
+    scorer, pipe = reward.load(device), backbone.load()
+    trainer = TRAINERS[alignment.method](
+        pipe,
+        CleanReward(pipe, scorer) if scorer is not None else _load_values(value, pipe),
+        texts,
+        config,
+        output_dir=out,
+        held_out=judges,
+        eval_prompts=held_out_texts,
+    )
+    rows = trainer.train()
+    if not trainer.state.is_main_process:
+        return
+    for name in sorted({name for row in rows for name in row if name.startswith(("reward/", "held_out/"))}):
+        numbers = [row[name] for row in rows if name in row]
+        print(f"{name:40s} {numbers[0]:.4g} -> {numbers[-1]:.4g}")
+    print(f"wrote the LoRA of {config.iterations} iterations into {out}")
+
+
+def _split(texts: list[str]) -> tuple[list[str], list[str]]:
+    """Prompts to train on, and those kept for evaluation: the last ones, and no text that is trained on."""
+    count = min(EVAL_PROMPTS, -(-len(texts) // EVAL_SHARE))
+    kept = texts[-count:]
+    trained = [text for text in texts[:-count] if text not in kept]
+    if not trained:
+        raise ValueError(f"prompts: expected at least 2 different ones, one of them to evaluate, got {len(texts)}")
+    return trained, kept
+
+
+def _parse(held_out: str) -> Reward:
+    """KIND[=PATH][,NAME=OPTION...]"""
+    first, *options = held_out.split(",")
+    kind, _, path = first.partition("=")
+    return Reward(kind, path or None, tuple(options))
+
+
+def _load_values(names: tuple[str, ...], pipe):
+    from .. import playground
+    from ..value import StitchedValue, ValueSum
+
+    values = [
+        playground.load_value(pipe) if name == "playground" else StitchedValue.from_pretrained(name, pipe)
+        for name in names
+    ]
+    return values[0] if len(values) == 1 else ValueSum([(value, 1.0) for value in values])

@@ -1,0 +1,84 @@
+"""`stitchvm align` on the embedded model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from stitchvm_ext.playground import load_pipeline
+from tests.test_cli import error_of, run
+
+PROMPTS = ["a red circle", "two blue squares", "a ring", "a small green ring", "three red rings", "a blue circle"]
+COMMON = ("--backbone", "playground", "--held-out", "playground", "playground-aesthetic")
+SMALL = {
+    "iterations": 2, "num-inference-steps": 4, "eval-steps": 2, "eval-every": 1, "lora-rank": 2, "lora-alpha": 4,
+    "prompts-per-iteration": 2,
+}  # fmt: skip
+METHODS = {"nft": {**SMALL, "group-size": 2}}
+
+
+def settings(method: str, **others) -> list[str]:
+    chosen = METHODS[method] | {name.replace("_", "-"): setting for name, setting in others.items()}
+    words = [(f"--{method}.{name}", *(s if isinstance(s, tuple) else (s,))) for name, s in chosen.items()]
+    return ["--method", method, *map(str, sum(words, ()))]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stitched", [False, True])
+def test_align(monkeypatch, capsys, tmp_path, prompts, method, stitched):
+    out = tmp_path / "run"
+    window = {"stop_window": (2, 3)} if stitched else {}
+    score = ("--value", "playground") if stitched else ("--reward", "playground")
+    command = ("align", *COMMON, "--prompts", prompts, *score, "--out", out, *settings(method, **window))
+    run(monkeypatch, *command)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
+    assert {"held_out/playground", "held_out/playground-aesthetic"} <= set(rows[-1])
+    assert (out / "curves.png").is_file() and len(list((out / "samples").iterdir())) == 3
+    assert any(tensor.abs().sum() > 0 for name, tensor in load_file(_lora(out)).items() if "lora_B" in name)
+    load_pipeline().load_lora_weights(out)
+    printed = capsys.readouterr().out
+    assert "held_out/playground " in printed and "reward/mean" in printed
+    run(monkeypatch, *command)  # is done, and knows it
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def _lora(out):
+    return out / "pytorch_lora_weights.safetensors"
+
+
+def test_help_explains_every_setting(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "align", "--help")
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and "--nft.stop-window" in printed and "--held-out" in printed
+
+
+def test_user_errors_are_one_line(monkeypatch, tmp_path, prompts):
+    common = ("align", *COMMON, "--out", tmp_path / "run", "--prompts")
+    nft = settings("nft")
+    message = error_of(monkeypatch, *common, prompts, *nft)
+    assert "value: expected either --value FOLDER ... or --reward KIND" in message
+    message = error_of(monkeypatch, *common, tmp_path / "none.txt", "--reward", "playground", *nft)
+    assert "prompts: expected a text file" in message
+    one = tmp_path / "one.txt"
+    one.write_text("a ring\na ring\n")
+    message = error_of(monkeypatch, *common, one, "--reward", "playground", *nft)
+    assert "prompts: expected at least 2 different ones" in message
+    message = error_of(monkeypatch, *common, prompts, "--reward", "playground", *settings("nft", stop_window=(2, 3)))
+    assert "stop_window: expected None with a clean reward" in message
+    arguments = ("--backbone", "playground", "--out", tmp_path / "run", "--prompts", prompts, *nft)
+    message = error_of(monkeypatch, "align", *arguments, "--reward", "playground", "--held-out", "abacus")
+    assert "abacus" in message
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *common, prompts, "--reward", "playground", *settings("nft", group_size=1))
+    assert stop.value.code not in (0, None)
