@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 MIN_WEIGHT = 1e-5  # of the adaptive weights, as in the published code
 
@@ -46,6 +47,24 @@ def velocity_distance(velocity: Tensor, reference: Tensor) -> Tensor:
     factor of its noise level.
     """
     return (velocity.float() - reference.detach().float()).square().flatten(1).mean(1)
+
+
+def dpo_loss(predictions: Tensor, references: Tensor, targets: Tensor, dpo_beta: float) -> tuple[Tensor, Tensor]:
+    """Diffusion-DPO's loss (Wallace et al. 2024) per pair: ``-log sigmoid(margin)`` with ``margin = -dpo_beta (d_w -
+    d_l)`` and ``d = |y - y*|² - |y_ref - y*|²``, squares averaged over elements, of the winner w and the loser l.
+
+    Args:
+        predictions: y [B, 2, ...], the winner first, the only one that is differentiated.
+        references: y_ref; targets: y*.
+        dpo_beta: the paper's ``beta T`` with the weight of a noise level, which is constant there.
+
+    Returns:
+        loss and margin, float32 [B]. The margin is the model's implicit reward of the winner less that of the loser.
+    """
+    errors = (predictions.float() - targets).square() - (references.detach().float() - targets).square()
+    winner, loser = errors.flatten(2).mean(2).unbind(1)
+    margin = -dpo_beta * (winner - loser)
+    return -logsigmoid(margin), margin
 
 
 def old_policy_decay(schedule: str, optimizer_steps: int) -> float:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backbones import Condition
 from ..value.base import ValueEstimator
 from ..value.batches import seeded_generator
 from .advantages import STDS, group_advantages, optimality, zero_variance
@@ -17,14 +16,12 @@ from .config import TrainingConfig
 from .health import check_finite, warn_constant
 from .lora import copy_adapter
 from .losses import OLD_POLICY_DECAYS, nft_loss, old_policy_decay, velocity_distance
-from .rewards import CleanReward, scores_by_term
-from .rollout import SOLVERS, roll_out
+from .rollout import SOLVERS
+from .samples import LEVELS, NOISE, Collected, check_stop_window, collect, draw_stop, score
 from .trainer import Trainer, in_batches
 
 SPACES = ("anchor", "velocity")
-# Ends of the keys (seed, iteration, row, ...) of what is drawn; a rollout's noise has the key without an end, which is
-# the same as one that ends with 0.
-_ORDER, _STOP, _LEVELS, _NOISE = (0, 0, 1), 1, 2, 3
+_ORDER = (0, 0, 1)  # end of the key (seed, iteration, ...) of the samples' order; those of others are in samples.py
 
 
 @dataclass(frozen=True)
@@ -103,25 +100,6 @@ class NFTConfig(TrainingConfig):
 MEASURED = ("loss", "policy_loss", "kl", "velocity_change", "old_velocity")  # the last two are mean squares
 
 
-@dataclass
-class Collected:
-    """This process's samples of an iteration.
-
-    Attributes:
-        rows: their numbers among all.
-        anchors: z_tau [R, C, H, W]; tau: [R].
-        stops: steps taken, by row.
-        condition: a row per prompt; ``places`` says which one belongs to each sample.
-    """
-
-    rows: range
-    anchors: Tensor
-    tau: Tensor
-    stops: list[int]
-    condition: Condition
-    places: list[int]
-
-
 class NFTTrainer(Trainer):
     """DiffusionNFT, with any estimator as reward.
 
@@ -144,10 +122,7 @@ class NFTTrainer(Trainer):
 
     def __init__(self, pipe, value: ValueEstimator, prompts, config: NFTConfig | None = None, **options):
         config = config or NFTConfig()
-        if isinstance(value, CleanReward) and config.stop_window is not None:
-            raise ValueError(
-                f"stop_window: expected None with a clean reward, which reads clean latents, got {config.stop_window}"
-            )
+        check_stop_window(value, config)
         super().__init__(pipe, value, prompts, config, **options)
         if config.samples < self.state.num_processes:
             raise ValueError(
@@ -159,7 +134,7 @@ class NFTTrainer(Trainer):
         config, began = self.config, time.perf_counter()
         prompts = self.next_prompts(config.prompts_per_iteration)
         samples = self._collect(iteration, prompts)
-        rewards, terms = self._score(iteration, samples)
+        rewards, terms = score(self, iteration, samples)
         collected = time.perf_counter()
         groups = rewards.view(config.prompts_per_iteration, config.group_size)
         equal = zero_variance(groups)
@@ -185,50 +160,9 @@ class NFTTrainer(Trainer):
     def _collect(self, iteration: int, prompts: list[str]) -> Collected:
         config = self.config
         rows = self.share(config.samples)
-        first = rows.start // config.group_size
-        mine = prompts[first : (rows.stop - 1) // config.group_size + 1]
-        condition, places = self.encode(mine), [row // config.group_size - first for row in rows]
-        stops = [self._stop(iteration, row // config.group_size) for row in rows]
-        backbone = self.merged("old")
-        parts = [
-            roll_out(
-                backbone,
-                condition.rows([places[k] for k in part]),
-                self.sigmas,
-                self.generators(iteration, [rows[k] for k in part]),
-                self.latent_shape,
-                config.solver,
-                [stops[k] for k in part],
-            )
-            for part in in_batches(range(len(rows)), config.rollout_batch_size)
-        ]
-        anchors, tau = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return Collected(rows, anchors, tau.to(anchors.device), stops, condition, places)
-
-    def _stop(self, iteration: int, group: int) -> int:
-        if self.config.stop_window is None:
-            return self.config.num_inference_steps
-        first, last = self.config.stop_window
-        generator = seeded_generator(self.config.seed, iteration, group, _STOP)
-        return int(torch.randint(first, last + 1, (), generator=generator))
-
-    @torch.no_grad()
-    def _score(self, iteration: int, samples: Collected) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rewards of all rows [P*G] and every term's own, float64, in all processes."""
-        scored: list[dict[str, float]] = []
-        for part in in_batches(range(len(samples.rows)), self.config.rollout_batch_size):
-            anchors, condition = samples.anchors[part], samples.condition.rows([samples.places[k] for k in part])
-            total, terms = scores_by_term(self.value, anchors, samples.tau[part], condition)
-            columns = {
-                "latents": anchors.flatten(1).sum(1), **{name: s for name, s in terms.items()}, "reward": total,
-            }  # fmt: skip
-            table = torch.stack([column.double() for column in columns.values()]).T.tolist()
-            scored += [dict(zip(columns, numbers, strict=True)) for numbers in table]
-        scored = self.gather(scored)
-        found = {name: torch.tensor([row[name] for row in scored], dtype=torch.float64) for name in scored[0]}
-        check_finite(iteration, **found)
-        del found["latents"]
-        return found.pop("reward"), found
+        stops = [draw_stop(self, iteration, row // config.group_size) for row in rows]
+        options = {"adapter": "old", "solver": config.solver, "group_size": config.group_size}
+        return collect(self, iteration, rows, prompts, stops, **options)
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -263,7 +197,7 @@ class NFTTrainer(Trainer):
         return dict(zip(MEASURED, sums, strict=True))
 
     def _levels(self, iteration: int, row: int, stop: int) -> Tensor:
-        generator = seeded_generator(self.config.seed, iteration, row, _LEVELS)
+        generator = seeded_generator(self.config.seed, iteration, row, LEVELS)
         return training_levels(self.sigmas, stop, self.config.levels(stop), generator)
 
     def _losses(
@@ -272,11 +206,11 @@ class NFTTrainer(Trainer):
         """What is MEASURED of each pass, [5, B]; the first, the loss, is differentiable."""
         config, device = self.config, samples.anchors.device
         rows = [k for k, _ in part]
-        generators = [seeded_generator(config.seed, iteration, samples.rows[k], _NOISE + number) for k, number in part]
+        generators = [seeded_generator(config.seed, iteration, samples.rows[k], NOISE + number) for k, number in part]
         noise = torch.stack([torch.randn(self.latent_shape, generator=g) for g in generators]).to(device)
         anchor, tau, t = samples.anchors[rows], samples.tau[rows], t.to(device)
         latents = bridge(anchor, noise, tau, t)
-        encoding = samples.condition.rows([samples.places[k] for k in rows]).cond
+        encoding = samples.conditions(rows).cond
         with torch.no_grad():
             before = old.velocity(latents, t, encoding).float()
             reference = self.base.velocity(latents, t, encoding).float() if config.kl_weight else None

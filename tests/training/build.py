@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
 
 import torch
 
 from stitchvm_ext.backbones import backbone_of
-from stitchvm_ext.training import CleanReward, NFTConfig, NFTTrainer
+from stitchvm_ext.training import CleanReward, DPOConfig, DPOTrainer, DraftConfig, DraftTrainer, NFTConfig, NFTTrainer
 from stitchvm_ext.value import ValueSum, search_stitch
 from stitchvm_ext.value.stitching import untrained_value
 from tests import tiny
@@ -19,6 +20,7 @@ COMMON = {
     "max_sequence_length": 0, "rollout_batch_size": 5, "train_batch_size": 8, "eval_every": 2, "eval_steps": 2,
     "save_every": 1, "prompts_per_iteration": 2, "group_size": 3, "old_decay": "delayed",
 }  # fmt: skip
+METHODS = {"nft": (NFTTrainer, NFTConfig), "draft": (DraftTrainer, DraftConfig), "dpo": (DPOTrainer, DPOConfig)}
 
 
 def stitched_value(pipe, *depths: int, reward=None):
@@ -37,13 +39,15 @@ def stitched_value(pipe, *depths: int, reward=None):
     return values[0] if len(values) == 1 else ValueSum([(value, 1.0) for value in values])
 
 
-def build(folder, *, stitched: bool = False, depths=(2,), trainer=NFTTrainer, value=None, **settings):
-    """A trainer on a pipeline of its own."""
+def build(folder, *, method: str = "nft", stitched: bool = False, depths=(2,), value=None, **settings):
+    """A trainer on a pipeline of its own; those of COMMON's settings that its method has."""
+    trainer, settings_of = METHODS[method]
     pipe, reward = copy.deepcopy(tiny.tiny_pipeline()), tiny.tiny_reward()
     if stitched:
         settings = {"stop_window": (2, 4), **settings}
     value = value or (stitched_value(pipe, *depths) if stitched else CleanReward(pipe, reward))
-    config = NFTConfig(**(COMMON | settings))
+    known = {field.name for field in fields(settings_of)}
+    config = settings_of(**({name: x for name, x in COMMON.items() if name in known} | settings))
     held_out = {"clip": tiny.tiny_reward(2)}
     return trainer(
         pipe, value, PROMPTS, config, output_dir=folder, held_out=held_out, eval_prompts=["a green ring", "two rings"]

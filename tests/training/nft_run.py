@@ -1,6 +1,6 @@
-"""A run of NFTTrainer on the small models, as a program of its own: for torchrun, and to be killed.
+"""A run of a trainer on the small models, as a program of its own: for torchrun, and to be killed.
 
-    nft_run.py FOLDER RESULT [--stitched] [--train-batch N] [--iterations N] [--kill-seed N]
+    nft_run.py FOLDER RESULT [--method NAME] [--stitched] [--train-batch N] [--iterations N] [--kill-seed N]
 
 Writes weights and log to RESULT, from the main process. With ``--kill-seed`` the run is started and killed ten times,
 by SIGKILL, at moments drawn from that seed; it prints what each kill left, and leaves the rest to another call.
@@ -28,8 +28,9 @@ KILLS = 10
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     trainer = build(
-        args.folder, stitched=args.stitched, train_batch_size=args.train_batch, iterations=args.iterations, save_every=1
-    )
+        args.folder, method=args.method, stitched=args.stitched, train_batch_size=args.train_batch,
+        iterations=args.iterations, save_every=1,
+    )  # fmt: skip
     rows = trainer.train(progress=False)
     if trainer.state.is_main_process and args.result:
         torch.save({"weights": weights(trainer), "rows": rows}, args.result)
@@ -40,7 +41,7 @@ def run_killed(args: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
 
     Figure().savefig(os.devnull, format="png")
-    build(args.folder.with_name("warm"), stitched=args.stitched)
+    build(args.folder.with_name("warm"), method=args.method, stitched=args.stitched)
     draw = random.Random(args.kill_seed)
     newest = lambda: max((args.folder / "checkpoints").glob("iteration_*"), default=None)  # noqa: E731
     for kill in range(KILLS):
@@ -68,6 +69,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("result", type=Path)
+    parser.add_argument("--method", default="nft")
     parser.add_argument("--stitched", action="store_true")
     parser.add_argument("--train-batch", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=3)
