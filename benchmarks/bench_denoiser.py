@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 
 import torch
-from harness import alternate, save, speedups
-from models import encoding, transformer
-from shapes import BACKBONES
 
 from stitchvm_ext import fuse, precompute_conditioning, unfuse
 from stitchvm_ext.backbones import backbone_of
+from stitchvm_ext.bench.harness import alternate, save, speedups
+from stitchvm_ext.bench.models import encoding, transformer
+from stitchvm_ext.bench.shapes import BACKBONES
 from stitchvm_ext.measure import peak_memory
 
 

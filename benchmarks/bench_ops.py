@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from harness import alternate, save, speedups
-from shapes import BACKBONES, TOWERS
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from stitchvm_ext import ops
+from stitchvm_ext.bench.harness import alternate, save, speedups
+from stitchvm_ext.bench.shapes import BACKBONES, TOWERS
 
 
 @dataclass

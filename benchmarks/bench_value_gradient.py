@@ -13,12 +13,12 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from harness import alternate, bytes_kept, save, speedups
-from models import stitched_value
-from shapes import BACKBONES, TOWERS
 from torch import Tensor
 
 from stitchvm_ext.backbones import expand_rows
+from stitchvm_ext.bench.harness import alternate, bytes_kept, save, speedups
+from stitchvm_ext.bench.models import stitched_value
+from stitchvm_ext.bench.shapes import BACKBONES, TOWERS
 from stitchvm_ext.measure import peak_memory
 from stitchvm_ext.value import StitchedValue
 

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 from guidance import run, table
-from harness import RESULTS, save
 
 from stitchvm_ext import TweedieValue, stitch
+from stitchvm_ext.bench.harness import RESULTS, save
+from stitchvm_ext.evaluation.compare import Contender
 from stitchvm_ext.playground import load_pipeline, load_reward
-from stitchvm_ext.playground.experiments import Method, held_out_prompts
+from stitchvm_ext.playground.experiments import held_out_prompts
 from stitchvm_ext.playground.train import REWARD_SEEDS, Training, generator_from_state, pack
 from stitchvm_ext.playground.train_value import CONFIG, PROBE_PICTURES, TRAINING_PICTURES
 
@@ -50,9 +51,9 @@ def main() -> None:
             rewards = {"reward": reward, "held_out_reward": load_reward(held_out=True, folder=weights)}
             config = replace(CONFIG, epochs=int(epochs))
             stitched = stitch(pipe, reward, images, work_dir=Path(scratch) / "value", config=config)
-            methods = [Method("unguided", None)]
+            methods = [Contender("unguided", None)]
             for label, value in (("stitched", stitched), ("Tweedie", TweedieValue(pipe, reward))):
-                methods += [Method(f"{label} constant {s:g}", value, {"strength": s}) for s in args.strengths]
+                methods += [Contender(f"{label} constant {s:g}", value, {"strength": s}) for s in args.strengths]
             options = {"num_inference_steps": args.steps, "guidance_scale": 3.0}
             figures = run(pipe, methods, held_out_prompts(args.prompts), rewards, name, options)
         step = torch.load(state, weights_only=True, map_location="cpu")["step"]

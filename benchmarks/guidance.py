@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 
-from harness import RESULTS, save
 from tqdm import tqdm
 
 from stitchvm_ext import TweedieValue
+from stitchvm_ext.bench.harness import RESULTS, save
+from stitchvm_ext.evaluation.compare import Contender
 from stitchvm_ext.playground import load_pipeline, load_reward, load_value
-from stitchvm_ext.playground.experiments import Method, compare_methods, held_out_prompts
+from stitchvm_ext.playground.experiments import compare_methods, held_out_prompts
 
 STRENGTHS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 SCHEDULES = ("constant", "sigma", "alpha")
@@ -42,12 +43,12 @@ def main() -> None:
     prompts = held_out_prompts(args.sweep_prompts + args.prompts)
     options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
 
-    methods = [Method("unguided", None)]
+    methods = [Contender("unguided", None)]
     for name, value in estimators.items():
         for schedule in args.schedules:
             for strength in args.strengths:
                 setting = {"strength": strength, "schedule": schedule}
-                methods.append(Method(f"{name} {schedule} {strength:g}", value, setting))
+                methods.append(Contender(f"{name} {schedule} {strength:g}", value, setting))
     swept = run(pipe, methods, prompts[: args.sweep_prompts], rewards, "sweep", options)
     print(f"\nsweep over {args.sweep_prompts} prompts\n{table(swept)}", flush=True)
 
@@ -58,8 +59,9 @@ def main() -> None:
     ratio = seconds["Tweedie"] / seconds["stitched"]
     longer = by_name[best["stitched"]["reward"]]
     steps = round(args.steps * ratio)
-    equal_time = Method(f"{longer.name}, {steps} steps", longer.value, {**longer.options, "num_inference_steps": steps})
-    methods = [Method("unguided", None), *chosen.values(), equal_time]
+    setting = {**longer.options, "num_inference_steps": steps}
+    equal_time = Contender(f"{longer.name}, {steps} steps", longer.value, setting)
+    methods = [Contender("unguided", None), *chosen.values(), equal_time]
     compared = run(pipe, methods, prompts[args.sweep_prompts :], rewards, "comparison", options)
     print(f"\nbest settings on {args.prompts} other prompts\n{table(compared)}")
 
@@ -90,7 +92,7 @@ def best_setting(figures: dict[str, dict[str, float]], estimator: str, criterion
 
 def run(pipe, methods, prompts, rewards, label: str, options: dict) -> dict[str, dict[str, float]]:
     """Figures by method; a method's own options win over the common ones."""
-    methods = [Method(m.name, m.value, {**options, **m.options}) for m in methods]
+    methods = [Contender(m.name, m.value, {**options, **m.options}) for m in methods]
     with tqdm(total=len(methods) * -(-len(prompts) // CHUNK), desc=label) as bar:
         results = compare_methods(pipe, methods, prompts, rewards, chunk=CHUNK, on_chunk=bar.update)
     return {name: r.figures for name, r in results.items()}

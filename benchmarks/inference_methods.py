@@ -15,10 +15,10 @@ import time
 from dataclasses import asdict
 
 import torch
-from harness import RESULTS, save
 from tqdm import tqdm
 
 from stitchvm_ext import TweedieValue, guided_sample
+from stitchvm_ext.bench.harness import RESULTS, save
 from stitchvm_ext.playground import load_pipeline, load_reward, load_value, world
 from stitchvm_ext.playground.experiments import held_out_prompts
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 
 import torch
-from harness import RESULTS, save
 
 from stitchvm_ext import MonteCarloValue, TweedieValue
+from stitchvm_ext.bench.harness import RESULTS, save
 from stitchvm_ext.evaluation import SIGMAS, retrieval_at_1, spearman
 from stitchvm_ext.evaluation.report import plot_curves, rows_table
 from stitchvm_ext.playground import load_pipeline, load_reward, load_value

@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from harness import save
 
 from stitchvm_ext import MonteCarloValue
 from stitchvm_ext.backbones import backbone_of
+from stitchvm_ext.bench.harness import save
 from stitchvm_ext.data import TensorImages
 from stitchvm_ext.evaluation import spearman
 from stitchvm_ext.evaluation.noise_levels import add_noise

@@ -12,9 +12,9 @@ import argparse
 import statistics
 
 import torch
-from harness import save
 
 from stitchvm_ext import ValueEstimator, guided_sample
+from stitchvm_ext.bench.harness import save
 from stitchvm_ext.playground import load_pipeline, load_value
 from stitchvm_ext.playground.experiments import held_out_prompts
 from stitchvm_ext.sampling.encoding import encode_condition

@@ -16,9 +16,9 @@ import tempfile
 from dataclasses import replace
 
 import torch
-from harness import save
 
 from stitchvm_ext.backbones import backbone_of
+from stitchvm_ext.bench.harness import save
 from stitchvm_ext.data import TensorImages
 from stitchvm_ext.playground import load_pipeline, load_reward, world
 from stitchvm_ext.playground.experiments import held_out, noise_level_accuracy, picture_tensor

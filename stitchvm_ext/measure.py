@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -61,6 +61,13 @@ def peak_memory(device: torch.device | str = "cpu"):
     finally:
         done.set()
         thread.join()
+
+
+def phase(name: str):
+    """A context that a running profiler shows as a range of this name, and NVTX under ``emit_nvtx``; nothing else."""
+    if not torch.autograd._profiler_enabled():
+        return nullcontext()
+    return torch.profiler.record_function(name)
 
 
 class Stopwatch:

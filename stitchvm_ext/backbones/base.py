@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..fused.function import Want, is_compiled
 from ..fused.fused_forward import FusedForward, fused_blocks
-from ..measure import count
+from ..measure import count, phase
 from ..offload import kept_for_backward, offload_device, partial_pass
 from . import latents as autoencoder
 from .condition import Condition, Encoding, stack_rows
@@ -168,7 +168,7 @@ class DiffusionBackbone:
     def decode_latents(self, vae, latents: Tensor) -> Tensor:
         """D(z_0): float32 images [B, 3, H, W], of video models frames [B, 3, F, H, W]; differentiable, not clamped."""
         count("decoder", len(latents))
-        with kept_for_backward(vae):
+        with phase("decode"), kept_for_backward(vae):
             images = autoencoder.decode_latents(vae, latents)
         return images if self.is_video or images.ndim == 4 else images.squeeze(2)
 
@@ -293,7 +293,8 @@ class DiffusionBackbone:
         blocks = fused_blocks(*self._prefix(deepest, None if whole else rows, memory, prune=not whole))
         offloading = partial_pass(self.denoiser, self.blocks[:deepest])
         taps = self._taps(set(depths) - {deepest}, latents, found)
-        with frozen(self.denoiser), taps, blocks, offloading, kept_for_backward(self.denoiser, alone=True):
+        kept = kept_for_backward(self.denoiser, alone=True)
+        with phase("prefix"), frozen(self.denoiser), taps, blocks, offloading, kept:
             found[deepest] = self.run_prefix(latents, sigma, encoding, deepest)
         return found
 
@@ -337,7 +338,7 @@ class DiffusionBackbone:
     def velocity(self, latents: Tensor, sigma: float | Tensor, encoding: Encoding) -> Tensor:
         """u_t(z_t), an estimate of ``E[eps - z_0 | z_t]`` (METHOD.md §1), like ``latents``."""
         sigma = self.check_latents(latents, sigma)
-        with kept_for_backward(self.denoiser):
+        with phase("denoiser"), kept_for_backward(self.denoiser):
             output = self.denoiser(**self.call_inputs(latents, sigma, encoding), return_dict=False)[0]
         return self.process.velocity(self.unpack(output, latents), latents, sigma)
 
@@ -402,6 +403,8 @@ class DiffusionBackbone:
         def cut(module, args, output):
             found[deepest] = self.image_tokens(output, latents, deepest)
             torch.set_grad_enabled(False)
+            running.close()
+            running.enter_context(phase("rest of denoiser"))
             return map_outputs(Tensor.detach, output)
 
         with torch.inference_mode(False):
@@ -409,8 +412,10 @@ class DiffusionBackbone:
         handle = self.blocks[deepest - 1].register_forward_hook(cut)
         taps = self._taps(set(depths) - {deepest}, latents, found)
         prefix = fused_blocks(*self._prefix(deepest, rows, memory, prune=False))
+        running = ExitStack()
         try:
             with (
+                running,
                 frozen(self.denoiser),
                 torch.inference_mode(False),
                 torch.enable_grad(),
@@ -418,6 +423,7 @@ class DiffusionBackbone:
                 prefix,
                 kept_for_backward(self.denoiser, alone=True),
             ):
+                running.enter_context(phase("prefix"))
                 output = self.denoiser(**self.call_inputs(leaf, sigma, encoding), return_dict=False)[0]
         finally:
             handle.remove()

@@ -7,6 +7,8 @@ from typing import Literal
 
 from ..value import FinetuneConfig
 from .align import align
+from .bench import bench
+from .compare import compare
 from .methods import MethodOptions
 from .options import (
     BackboneName,
@@ -363,7 +365,9 @@ COMMANDS = {
     "train": train,
     "eval": evaluate,
     "sample": sample,
+    "compare": compare,
     "align": align,
     "plan": plan,
+    "bench": bench,
     "info": info,
 }

@@ -21,8 +21,16 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 aten = torch.ops.aten
 
+
+def _multi_head_attention(q: Tensor, *_, **__) -> int:
+    """All of ``nn.MultiheadAttention`` on one sequence [B, N, C]: what it is under ``no_grad``."""
+    batch, tokens, width = q.shape
+    return batch * (8 * tokens * width**2 + 4 * tokens**2 * width)
+
+
 # Products that PyTorch's own table leaves out. Costs are those of dense products: attention's backward is five of them.
 _FLOPS: dict[object, Callable[..., int]] = {
+    aten._native_multi_head_attention: _multi_head_attention,
     aten.addmm_: lambda _, a, b, **__: 2 * a.shape[0] * a.shape[1] * b.shape[1],
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
         q.shape, k.shape, v.shape
@@ -156,14 +164,19 @@ class _Counting(TorchDispatchMode):
 
 def _kernel(packet, args, kwargs, out, inputs: list[Tensor], outputs: list[Tensor]) -> Kernel:
     moved = sum(_operand_bytes(inputs).values()) + sum(_operand_bytes(outputs).values())
-    flops = 0
-    if packet in _FLOPS:
-        flops = _FLOPS[packet](*args, **kwargs)
-    elif packet in flop_registry:
-        flops = flop_registry[packet](*args, **kwargs, out_val=out)
+    flops = flops_of(packet, args, kwargs, out)
     kind = _ATTENTION.get(packet, "product" if flops else "other")
     head_dim = inputs[0].shape[-1] if packet in _ATTENTION else 0
-    return Kernel(kind, torch._C._current_autograd_node() is not None, int(flops), moved, head_dim)
+    return Kernel(kind, torch._C._current_autograd_node() is not None, flops, moved, head_dim)
+
+
+def flops_of(packet, args: tuple, kwargs: dict[str, Any], out) -> int:
+    """2 per multiply-add of a product, a convolution or an attention, as the ``OpOverloadPacket`` is called and what it
+    returned; 0 for other operators.
+    """
+    if packet in _FLOPS:
+        return int(_FLOPS[packet](*args, **kwargs))
+    return int(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0
 
 
 def _operand_bytes(tensors: list[Tensor]) -> dict[tuple, int]:

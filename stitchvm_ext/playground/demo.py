@@ -9,10 +9,11 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from ..evaluation.compare import Contender
 from ..evaluation.report import plot_curves
 from ..value import TweedieValue
 from . import load_pipeline, load_reward, load_value
-from .experiments import Method, MethodResult, compare_methods, held_out, held_out_prompts, noise_level_accuracy
+from .experiments import MethodResult, compare_methods, held_out, held_out_prompts, noise_level_accuracy
 
 GUIDANCE_SCALE = 3.0
 STRENGTH = 0.25  # near both methods' best constant strength in the sweep of benchmarks/guidance.py
@@ -35,9 +36,9 @@ def run_demo(
     pipe, reward, other = load_pipeline(), load_reward("clip"), load_reward("clip", held_out=True)
     stitched, vae_only, tweedie = load_value(pipe), load_value(pipe, vae_only=True), TweedieValue(pipe, reward)
     methods = [
-        Method("unguided", None),
-        Method("Tweedie-DPS", tweedie, {"strength": STRENGTH}),
-        Method("StitchVM-DPS", stitched, {"strength": STRENGTH}),
+        Contender("unguided", None),
+        Contender("Tweedie-DPS", tweedie, {"strength": STRENGTH}),
+        Contender("StitchVM-DPS", stitched, {"strength": STRENGTH}),
     ]
     prompts = held_out_prompts(num_prompts)
     chunk = 6

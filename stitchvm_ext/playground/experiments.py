@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..backbones import Condition, expand_rows
 from ..backbones.latents import encode_images
+from ..evaluation.compare import Contender, compare
 from ..evaluation.metrics import number_captions, retrieval_at_1, spearman, variance_explained
 from ..evaluation.noise_levels import SIGMAS, add_noise, read_output, scorer_of
-from ..measure import peak_memory
-from ..value import StitchedValue, TweedieValue, ValueEstimator
+from ..value import StitchedValue, TweedieValue
 from . import world
-from .evaluate import checker_accuracy, held_out_captions
+from .evaluate import held_out_captions
 
 
 def picture_tensor(pictures: Sequence[world.Picture]) -> Tensor:
@@ -101,15 +99,6 @@ def noise_level_accuracy(
 
 
 @dataclass
-class Method:
-    """One way of sampling to compare: a name, an estimator (None for unguided) and guided_sample's options."""
-
-    name: str
-    value: ValueEstimator | None
-    options: dict = field(default_factory=dict)
-
-
-@dataclass
 class MethodResult:
     """What a method produced on all prompts: images [N, 3, H, W] in [0, 1] and a row of figures."""
 
@@ -119,7 +108,7 @@ class MethodResult:
 
 def compare_methods(
     pipe,
-    methods: Sequence[Method],
+    methods: Sequence[Contender],
     prompts: Sequence[str],
     rewards: dict[str, torch.nn.Module],
     *,
@@ -128,57 +117,25 @@ def compare_methods(
     on_chunk: Callable[[], None] | None = None,
     **common,
 ) -> dict[str, MethodResult]:
-    """The same prompts and seeds through several methods, alternating chunk by chunk.
-
-    Figures per method: the mean of every reward, the checker's accuracies, median seconds per image over the chunks,
-    and peak extra memory in bytes.
-    """
-    from ..sampling import guided_sample
-
-    images: dict[str, list[Tensor]] = {m.name: [] for m in methods}
-    seconds: dict[str, list[float]] = {m.name: [] for m in methods}
-    memory = dict.fromkeys(images, 0)
-    for start in range(0, len(prompts), chunk):
-        part = list(prompts[start : start + chunk])
-        for method in methods:
-            generators = [torch.Generator().manual_seed(seed * 100_003 + start + k) for k in range(len(part))]
-            with peak_memory(pipe.device) as peak:
-                began = time.perf_counter()
-                result = guided_sample(
-                    pipe,
-                    method.value,
-                    part,
-                    generator=generators,
-                    output_type="pt",
-                    progress=False,
-                    **common,
-                    **method.options,
-                )
-                seconds[method.name].append((time.perf_counter() - began) / len(part))
-            memory[method.name] = max(memory[method.name], peak.bytes)
-            images[method.name].append(result.images.cpu())
-            if on_chunk:
-                on_chunk()
+    """:func:`~stitchvm_ext.evaluation.compare.compare` with the exact checker; one flat row of figures per method."""
+    found = compare(
+        pipe, methods, prompts, rewards, prompts_per_batch=chunk, seed=seed * 100_003, measures=checker_measures,
+        on_batch=on_chunk, progress=False, **common,
+    )  # fmt: skip
     return {
-        m.name: MethodResult(
-            pictures := torch.cat(images[m.name]).clamp(0, 1),
-            score_images(pictures, prompts, rewards)
-            | {"seconds_per_image": statistics.median(seconds[m.name]), "peak_bytes": float(memory[m.name])},
+        name: MethodResult(
+            found.images[name].float() / 255,
+            row["means"] | {key: float(row[key]) for key in ("seconds_per_image", "peak_bytes")},
         )
-        for m in methods
+        for name, row in found.figures.items()
     }
 
 
-@torch.no_grad()
-def score_images(images: Tensor, prompts: Sequence[str], rewards: dict[str, torch.nn.Module]) -> dict[str, float]:
-    """Mean of every reward, and the checker's accuracies, on images [N, 3, 64, 64] in [0, 1]."""
-    figures = {}
-    for name, reward in rewards.items():
-        parts = [reward(x, list(prompts[64 * k : 64 * k + len(x)])) for k, x in enumerate(images.split(64))]
-        figures[name] = torch.cat(parts).mean().item()
+def checker_measures(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Whether the exact checker finds the objects, colours and count that a prompt asks for, 0 or 1 per image."""
     pixels = (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
-    accuracy = checker_accuracy(pixels, list(prompts))["all"]
-    return figures | {name: accuracy[name] for name in ("objects", "colors", "count")}
+    checks = [world.check(image, prompt) for image, prompt in zip(pixels, prompts, strict=True)]
+    return {name: torch.tensor([float(getattr(c, name)) for c in checks]) for name in ("objects", "colors", "count")}
 
 
 def held_out_prompts(count: int) -> list[str]:

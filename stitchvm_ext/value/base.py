@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backbones import Condition, DiffusionBackbone, Encoding
-from ..measure import count
+from ..measure import count, phase
 from ..rewards.base import RewardModel
 from ..rewards.sum import RewardSum
 from .carry import Carry
@@ -37,7 +37,8 @@ class ValueEstimator(ABC):
         with torch.inference_mode(False), torch.enable_grad():
             leaf = latents.detach().clone().requires_grad_()
             value = self.value(leaf, sigma, condition)
-            (grad,) = torch.autograd.grad(value.sum(), leaf)
+            with phase("backward"):
+                (grad,) = torch.autograd.grad(value.sum(), leaf)
         return value.detach(), grad.float()
 
     @torch.no_grad()
@@ -88,7 +89,8 @@ def score_images(reward: RewardModel | RewardSum, images: Tensor, prompts: tuple
     """Rewards [B] of images [B, 3, H, W] in [0, 1]; of videos [B, 3, F, H, W] the mean over their frames."""
     count("value", len(images))
     if images.ndim == 4:
-        return reward.score(reward.output(images, pooled_only=True), reward.encode_condition(prompts))
+        with phase("reward"):
+            return reward.score(reward.output(images, pooled_only=True), reward.encode_condition(prompts))
     frames = images.transpose(1, 2)
     repeated = tuple(p for p in prompts for _ in range(frames.shape[1]))
     scores = score_images(reward, frames.flatten(0, 1), repeated)

@@ -151,7 +151,7 @@ def finetune(
     config.check_processes(state.num_processes)
     total = config.epochs * (len(targets) // config.batch_size)
 
-    parameters = [_prepare(value) for value in values]
+    parameters = [prepare_training(value) for value in values]
     optimizer = torch.optim.AdamW(
         [
             {"params": part, "lr": config.learning_rate * factor}
@@ -254,7 +254,7 @@ def _check(
         raise ValueError(f"batch_size: expected at most the {len(targets)} images, got {config.batch_size}")
 
 
-def _prepare(value: StitchedValue) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def prepare_training(value: StitchedValue) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The trainable parameters of stitch and suffix, in float32.
 
     The value stays in evaluation mode: dropout would draw numbers that do not follow from (seed, step).

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..backbones import Condition, DiffusionBackbone, Encoding, backbone_of, expand_rows, is_same_encoding
 from ..backbones.identity import check_fingerprint, fingerprint
 from ..backbones.replay import can_replay, recorded
-from ..measure import count
+from ..measure import count, phase
 from ..rewards import reward_suffix_from_description
 from ..rewards.base import RewardModel, RewardOutput, skip_blocks
 from .base import ValueEstimator
@@ -145,7 +145,10 @@ class StitchedValue(nn.Module, ValueEstimator):
         ``pooled_only``: the embedding alone will be read, see :meth:`RewardModel.forward_from`.
         """
         enters_at = 1 if self.token_mode == "literal" else self.layer
-        return self.suffix.forward_from(self.stitch(tokens, self.grid), enters_at, self.memory, pooled_only)
+        with phase("stitch"):
+            entering = self.stitch(tokens, self.grid)
+        with phase("suffix"):
+            return self.suffix.forward_from(entering, enters_at, self.memory, pooled_only)
 
     def output(self, latents: Tensor, sigma: float | Tensor) -> RewardOutput:
         """The suffix's tokens and embedding for noisy latents [B, C, H, W]."""
@@ -216,11 +219,13 @@ class StitchedValue(nn.Module, ValueEstimator):
             with side_stream(tokens.device) as join:
                 entering = tokens.detach().requires_grad_()
                 value = self.score_tokens(entering, condition)
-                (token_grad,) = torch.autograd.grad(value.sum(), entering)
+                with phase("backward"):
+                    (token_grad,) = torch.autograd.grad(value.sum(), entering)
             with torch.no_grad():
                 other_velocity = None if other is None else self.backbone.velocity(latents, sigma, other)
             join(value, token_grad)
-            (grad,) = torch.autograd.grad(tokens, leaf, token_grad)
+            with phase("backward"):
+                (grad,) = torch.autograd.grad(tokens, leaf, token_grad)
         return *self.as_branches(shared_velocity, other_velocity), value.detach(), grad.float()
 
     def other_branch(self, condition: Condition) -> Encoding | None:

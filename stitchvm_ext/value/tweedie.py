@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backbones import Condition, backbone_of, expand_sigma
+from ..measure import phase
 from ..rewards.base import RewardModel
 from ..rewards.sum import RewardSum
 from .base import ValueEstimator, score_images
@@ -67,5 +68,6 @@ class TweedieValue(ValueEstimator):
             leaf = latents.detach().clone().requires_grad_()
             cond, uncond = self.backbone.branches(leaf, sigma, condition)
             value = self.score_velocity(leaf, sigma, condition.guide(cond, uncond), condition)
-            (grad,) = torch.autograd.grad(value.sum(), leaf)
+            with phase("backward"):
+                (grad,) = torch.autograd.grad(value.sum(), leaf)
         return cond.detach(), None if uncond is None else uncond.detach(), value.detach(), grad.float()

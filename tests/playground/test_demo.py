@@ -11,6 +11,7 @@ from PIL import Image
 
 from stitchvm_ext import TweedieValue, ValueEstimator
 from stitchvm_ext.backbones import expand_rows
+from stitchvm_ext.evaluation.compare import Contender
 from stitchvm_ext.playground import experiments, load_pipeline, load_reward, load_value
 from stitchvm_ext.playground.demo import run_demo
 from stitchvm_ext.sampling.encoding import encode_condition
@@ -68,9 +69,9 @@ def test_shared_prefix_is_exact_in_float64():
 
 def test_guidance_raises_the_reward_that_it_follows(pipe, reward):
     methods = [
-        experiments.Method("unguided", None),
-        experiments.Method("Tweedie", TweedieValue(pipe, reward), {"strength": 0.25}),
-        experiments.Method("stitched", load_value(pipe), {"strength": 0.25}),
+        Contender("unguided", None),
+        Contender("Tweedie", TweedieValue(pipe, reward), {"strength": 0.25}),
+        Contender("stitched", load_value(pipe), {"strength": 0.25}),
     ]
     results = experiments.compare_methods(
         pipe, methods, experiments.held_out_prompts(12), {"reward": reward}, num_inference_steps=12, guidance_scale=3.0

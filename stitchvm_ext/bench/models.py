@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from shapes import BACKBONES, TOWERS
 from torch import Tensor
 
-from stitchvm_ext.backbones import backbone_of
-from stitchvm_ext.rewards import OpenClipReward
-from stitchvm_ext.value import StitchedValue
-from stitchvm_ext.value.stitch_layer import StitchLayer
+from ..backbones import backbone_of
+from ..rewards import OpenClipReward
+from ..value import StitchedValue
+from ..value.stitch_layer import StitchLayer
+from .shapes import BACKBONES, TOWERS
 
 TEXT_TOKENS = 333  # 77 of CLIP and 256 of T5
 

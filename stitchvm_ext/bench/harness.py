@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(os.environ.get("STITCHVM_RESULTS", Path(__file__).parent / "results"))
+_SOURCE = Path(__file__).parents[2] / "benchmarks"  # in a source folder; an installed package has none
+RESULTS = Path(os.environ.get("STITCHVM_RESULTS", _SOURCE / "results" if _SOURCE.is_dir() else "stitchvm-bench"))
 
 
 def machine() -> dict[str, Any]:
@@ -25,10 +26,10 @@ def machine() -> dict[str, Any]:
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as lines:
             cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    here = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True
-    ).stdout.strip()
+    commit = ""
+    if _SOURCE.is_dir():
+        ask = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(ask, cwd=_SOURCE, capture_output=True, text=True).stdout.strip()
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
@@ -52,11 +53,18 @@ def save(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
 
 
 def alternate(
-    calls: dict[str, Callable[[], Any]], *, seconds: float, device: str = "cpu", rounds: int = 5, warmup: int = 2
+    calls: dict[str, Callable[[], Any]],
+    *,
+    seconds: float,
+    device: str = "cpu",
+    rounds: int = 5,
+    warmup: int = 2,
+    on_round: Callable[[dict[str, list[float]]], Any] = lambda times: None,
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds per call of each entry, taken in turns for ``seconds`` and at least ``rounds`` rounds.
+    """Milliseconds per call of each entry, taken in turns for ``seconds`` and at least ``rounds`` (two) rounds.
 
-    Noise from other work on the machine then meets all of them. Median, 20th and 80th percentile.
+    Noise from other work on the machine then meets all of them. Median, 20th and 80th percentile. ``on_round`` is
+    called after every round with the milliseconds so far.
     """
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -71,6 +79,7 @@ def alternate(
             call()
             synchronize()
             times[name].append(1e3 * (time.perf_counter() - start))
+        on_round(times)
     return {name: summary(values) for name, values in times.items()}
 
 

@@ -1,0 +1,99 @@
+"""A comparison of methods as a table, a plot and a grid of pictures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+KINDS = ("denoiser", "prefix", "value", "decoder")
+
+
+@dataclass
+class Comparison:
+    """What :func:`~stitchvm_ext.evaluation.compare.compare` measured.
+
+    Attributes:
+        prompts: P texts.
+        images_per_prompt: S.
+        target: name of the reward that methods follow.
+        figures: by contender "means" and "standard_errors" (over prompts) of every figure, "evaluations_per_image" of
+            the networks, median "seconds_per_image" and "peak_bytes" above what was held before.
+        images: by contender uint8 [P * S, 3, H, W].
+    """
+
+    prompts: list[str]
+    images_per_prompt: int
+    target: str
+    figures: dict[str, dict[str, Any]]
+    images: dict[str, Tensor] = field(repr=False)
+
+    def table(self) -> str:
+        """For the terminal: a line per contender."""
+        measures = list(next(iter(self.figures.values()))["means"])
+        width = max(map(len, self.figures))
+        columns = [max(16, len(name) + 2) for name in measures]
+        head = " " * width + "".join(m.rjust(w) for m, w in zip(measures, columns, strict=True))
+        lines = [head + "".join(kind.rjust(10) for kind in KINDS) + "   s/image  peak MiB"]
+        for name, row in self.figures.items():
+            cells = [
+                f"{row['means'][m]:.3f} ± {row['standard_errors'][m]:.3f}".rjust(w)
+                for m, w in zip(measures, columns, strict=True)
+            ]
+            counts = [f"{row['evaluations_per_image'][kind]:10.1f}" for kind in KINDS]
+            tail = f"{row['seconds_per_image']:10.2f}{row['peak_bytes'] / 2**20:10.0f}"
+            lines.append(name.ljust(width) + "".join(cells) + "".join(counts) + tail)
+        lines.append("± is the standard error over prompts; denoiser to decoder: runs of each network per image")
+        return "\n".join(lines)
+
+    def save(self, folder: str | Path) -> None:
+        """Write compare.json, compare.png (rewards against evaluations) and grid.png into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        document = {
+            "prompts": self.prompts, "images_per_prompt": self.images_per_prompt, "target": self.target,
+            "contenders": self.figures,
+        }  # fmt: skip
+        partial = folder / "compare.json.partial"
+        partial.write_text(json.dumps(document, indent=1))
+        partial.replace(folder / "compare.json")
+        self._plot(folder / "compare.png")
+        self._grid(folder / "grid.png")
+
+    def _plot(self, path: Path) -> None:
+        from matplotlib.figure import Figure
+
+        measures = list(next(iter(self.figures.values()))["means"])
+        figure = Figure(figsize=(5 * len(measures), 4), layout="constrained")
+        for ax, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
+            for name, row in self.figures.items():
+                x, y = row["evaluations_per_image"]["denoiser"], row["means"][measure]
+                ax.errorbar(x, y, row["standard_errors"][measure], fmt="o", capsize=3, markersize=4)
+                ax.annotate(name, (x, y), fontsize=6, xytext=(4, 3), textcoords="offset points")
+            ax.set(title=measure, xlabel="denoiser evaluations per image", xscale="log")
+            ax.margins(x=0.25)
+            ax.grid(alpha=0.3)
+        partial = path.with_name(path.name + ".partial")
+        figure.savefig(partial, dpi=130, format="png")
+        partial.replace(path)
+
+    def _grid(self, path: Path, columns: int = 12) -> None:
+        """A row per contender, a column per prompt, each prompt's first picture."""
+        from matplotlib.figure import Figure
+
+        columns = min(columns, len(self.prompts))
+        figure = Figure(figsize=(1.4 * columns + 1.6, 1.4 * len(self.images) + 0.6), layout="constrained")
+        axes = figure.subplots(len(self.images), columns, squeeze=False)
+        for ax, prompt in zip(axes[0], self.prompts, strict=False):
+            ax.set_title(prompt if len(prompt) < 24 else prompt[:22] + " …", fontsize=6)
+        for row, (name, images) in zip(axes, self.images.items(), strict=True):
+            for ax, image in zip(row, images[:: self.images_per_prompt], strict=False):
+                ax.imshow(image.permute(1, 2, 0).numpy())
+                ax.set(xticks=[], yticks=[])
+            row[0].set_ylabel(name, fontsize=7)
+        partial = path.with_name(path.name + ".partial")
+        figure.savefig(partial, dpi=130, format="png")
+        partial.replace(path)

@@ -1,0 +1,97 @@
+"""The same prompts and seeds through several methods."""
+
+import json
+
+import pytest
+import torch
+
+from stitchvm_ext import guided_sample
+from stitchvm_ext.cli.compare import parse_method
+from stitchvm_ext.evaluation import Contender, compare
+from tests import tiny
+
+PROMPTS = ["a red circle", "two blue squares", "a small green ring"]
+RUN = {"num_inference_steps": 2, "guidance_scale": 3.0, "max_sequence_length": 0}
+
+
+@pytest.fixture
+def parts():
+    pipe, reward = tiny.tiny_pipeline(), tiny.tiny_reward()
+    best = {"method": "best_of_n", "reward": reward, "num_particles": 3}
+    contenders = [Contender("unguided", None), Contender("best of 3", None, best)]
+    return pipe, contenders, {"target": reward, "again": reward}
+
+
+def run(parts, **options):
+    pipe, contenders, rewards = parts
+    settings = {"images_per_prompt": 2, "prompts_per_batch": 2, "seed": 5, "progress": False, **RUN, **options}
+    return compare(pipe, contenders, PROMPTS, rewards, **settings)
+
+
+def test_figures(parts, tmp_path):
+    found = run(parts, measures=lambda images, prompts: {"brightness": images.mean((1, 2, 3))})
+    pipe, _, rewards = parts
+    plain = guided_sample(
+        pipe, None, [p for p in PROMPTS for _ in range(2)], progress=False, output_type="pt",
+        generator=[torch.Generator().manual_seed(5 + k) for k in range(6)], **RUN,
+    ).images  # fmt: skip
+    row = found.figures["unguided"]
+    scores = rewards["target"](plain, [p for p in PROMPTS for _ in range(2)]).detach().view(3, 2).mean(1)
+    assert row["means"]["target"] == pytest.approx(scores.mean().item(), abs=1e-4)
+    assert row["standard_errors"]["target"] == pytest.approx((scores.std() / 3**0.5).item(), abs=1e-4)
+    assert row["means"]["brightness"] == pytest.approx(plain.mean().item(), abs=1e-4)
+    assert 0 < row["means"]["diversity"] < 2
+    assert row["evaluations_per_image"] == {"denoiser": 4.0, "prefix": 0.0, "value": 0.0, "decoder": 1.0}
+    best = found.figures["best of 3"]
+    assert best["means"]["target"] > row["means"]["target"]
+    assert best["evaluations_per_image"] == {"denoiser": 12.0, "prefix": 0.0, "value": 3.0, "decoder": 4.0}
+    found.save(tmp_path)
+    document = json.loads((tmp_path / "compare.json").read_text())
+    assert document["contenders"]["unguided"]["means"] == row["means"] and document["target"] == "target"
+    assert (tmp_path / "compare.png").stat().st_size > 1000 and (tmp_path / "grid.png").stat().st_size > 1000
+    assert all(name in found.table() for name in ("unguided", "best of 3", "brightness", "diversity"))
+
+
+def test_an_interrupted_comparison_goes_on(parts, tmp_path):
+    class Interrupted(Exception):
+        pass
+
+    calls = []
+
+    def stop():
+        calls.append(None)
+        if len(calls) == 3:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(parts, work_dir=tmp_path, on_batch=stop)
+    resumed, whole = run(parts, work_dir=tmp_path), run(parts)
+    for name in ("unguided", "best of 3"):
+        assert resumed.figures[name]["means"] == whole.figures[name]["means"]
+        assert torch.equal(resumed.images[name], whole.images[name])
+    with pytest.raises(ValueError, match="work_dir: .* its seed differ"):
+        run(parts, work_dir=tmp_path, seed=6)
+
+
+def test_bad_input(parts):
+    pipe, contenders, rewards = parts
+    with pytest.raises(ValueError, match="contenders"):
+        compare(pipe, [contenders[0]] * 2, PROMPTS, rewards)
+    with pytest.raises(ValueError, match="rewards"):
+        compare(pipe, contenders, PROMPTS, {})
+
+
+def test_methods_on_the_command_line():
+    assert parse_method("unguided") == ("unguided", None, {"method": "dps"})
+    name, estimator, options = parse_method("fk@tweedie:num_particles=4,resample_window=(0.1,0.9),potential=max")
+    assert (name, estimator) == ("fk", "tweedie")
+    assert options == {"method": "fk", "num_particles": 4, "resample_window": (0.1, 0.9), "potential": "max"}
+    assert parse_method("dps:strength=0.3,transition=linear_sde")[2]["transition"] == "linear_sde"
+    with pytest.raises(ValueError, match="method.*'beam'"):
+        parse_method("beam")
+    with pytest.raises(TypeError, match="strength"):
+        parse_method("fk:strength=1")
+    with pytest.raises(ValueError, match="after @.*'oracle'"):
+        parse_method("fk@oracle")
+    with pytest.raises(ValueError, match="NAME=VALUE"):
+        parse_method("fk:4")

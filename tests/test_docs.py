@@ -1,0 +1,149 @@
+"""The documentation: every example runs, every command line is accepted, every public name is described."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tyro
+
+import stitchvm_ext
+from stitchvm_ext.cli.commands import COMMANDS
+from stitchvm_ext.cli.options import registry
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+if not (ROOT / "mkdocs.yml").is_file():
+    pytest.skip("the documentation is not beside these tests", allow_module_level=True)
+
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """The page's blocks in a language, each with the number of its first line."""
+    text = page.read_text()
+    return [(text.count("\n", 0, m.start(2)), m[2]) for m in BLOCK.finditer(text) if m[1] == language]
+
+
+def run_blocks(page: Path, names: dict, examples: list[tuple[int, str]]) -> None:
+    for line, code in examples:
+        exec(compile("\n" * line + code, str(page), "exec"), names)  # tracebacks name the page and its line
+
+
+def named(pages: list[Path]) -> list:
+    return [pytest.param(page, id=page.name) for page in pages]
+
+
+@pytest.fixture
+def names():
+    """What the start page defines for all pages, freshly made."""
+    names: dict = {"__name__": "docs"}
+    run_blocks(DOCS / "index.md", names, blocks(DOCS / "index.md", "python")[:1])
+    names["pipe"].set_progress_bar_config(disable=True)
+    return names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", named([page for page in PAGES if blocks(page, "python")]))
+def test_examples_run(page, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_blocks(page, names, blocks(page, "python"))
+
+
+def command_lines() -> list:
+    """Every command line of the site, the README and the contributor's guide."""
+    found = []
+    for page in [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        for _, block in blocks(page, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                for command in line.split("&&"):
+                    words = shlex.split(command, comments=True)
+                    if words:
+                        found.append(pytest.param(words, id=f"{page.name}: {' '.join(words[:3])}"))
+    return found
+
+
+def stub(command):
+    """The same options, and nothing done."""
+
+    @functools.wraps(command)
+    def accept(**options):
+        return options
+
+    return accept
+
+
+def parse(words: list[str]) -> dict:
+    """What `stitchvm` makes of its words. SystemExit where it does not take them."""
+    with registry():
+        return tyro.extras.subcommand_cli_from_dict(
+            {name: stub(command) for name, command in COMMANDS.items()},
+            args=words, config=(tyro.conf.OmitSubcommandPrefixes,),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("words", command_lines())
+def test_command_lines_are_accepted(words):
+    program = next((k for k, word in enumerate(words) if word in ("stitchvm", "stitchvm_ext.cli")), None)
+    if program is not None:
+        assert isinstance(parse(words[program + 1 :]), dict)
+    for word in words:
+        if word.endswith((".py", ".sh")) and "/" in word:
+            assert (ROOT / word).is_file(), word
+
+
+def test_a_wrong_command_line_is_refused():
+    with pytest.raises(SystemExit):
+        parse(["sample", "--backbone", "playground", "--strenght", "1"])
+
+
+def test_every_public_name_is_in_the_api():
+    described = set(re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), re.MULTILINE))
+    for name in stitchvm_ext.__all__:
+        if name != "__version__":
+            target = getattr(stitchvm_ext, name)
+            assert f"{target.__module__}.{target.__qualname__}" in described, name
+    for path in described:
+        module, name = path.rsplit(".", 1)
+        assert getattr(importlib.import_module(module), name).__doc__, path
+
+
+@pytest.fixture
+def numbers():
+    spec = importlib.util.spec_from_file_location("numbers_page", DOCS / "numbers_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_numbers_page_has_every_result_and_its_figures(numbers, tmp_path):
+    text = numbers.page()
+    results = sorted(numbers.RESULTS.glob("*.json"))
+    assert len(results) >= len(numbers.SECTIONS)
+    for path in results:
+        assert f"`{path.name}`" in text
+    assert set(numbers.SECTIONS) <= {path.stem for path in results}
+    result = json.loads((numbers.RESULTS / "guidance.json").read_text())
+    result["comparison"]["unguided"]["reward"] = 0.12345
+    (tmp_path / "guidance.json").write_text(json.dumps(result))
+    assert "0.769" in text and "| unguided | 0.123 |" in numbers.page(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path):
+    pytest.importorskip("material", reason="mkdocs-material is not installed")
+    pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True))
+    assert "guided_sample" in (tmp_path / "api" / "index.html").read_text()
+    assert "Tweedie-DPS" in (tmp_path / "numbers" / "index.html").read_text()
