@@ -107,8 +107,6 @@ class Trainer(ABC):
 
         denoiser = self.policy.denoiser
         add_adapters(denoiser, self.adapters, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
-        if config.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing()
         pipe.vae.requires_grad_(False)
         if config.offload_text_encoders:
             offload_text_encoders(pipe, self.policy.device)
@@ -116,6 +114,8 @@ class Trainer(ABC):
         self.base = self.policy.on(base_view(denoiser))
         self._merged = MergedView(denoiser)
         self._merged_backbone = self.policy.on(self._merged.denoiser)
+        if config.gradient_checkpointing:  # of the policy alone: the views' blocks may run fused, a second time not
+            denoiser.enable_gradient_checkpointing()
         self.value = on_backbone(value, self.policy, self.base)
         self._rewards = [r for source in (value, *self.held_out.values()) for r in rewards_in(source)]
         self.optimizer = torch.optim.AdamW(

@@ -97,8 +97,8 @@ def test_the_differentiated_steps_end_where_the_sampler_does(tmp_path, stitched)
 
 @pytest.mark.parametrize("stitched", [False, True])
 def test_training_raises_the_reward(tmp_path, stitched):
-    settings = {"method": "draft", "stitched": stitched, "depths": (1, 3), "kl_weight": 0.0, "learning_rate": 1e-2}
-    trainer = build(tmp_path, iterations=12, eval_every=12, save_every=12, prompts_per_iteration=5, **settings)
+    settings = {"method": "draft", "stitched": stitched, "depths": (1, 3), "kl_weight": 0.0, "learning_rate": 2e-3}
+    trainer = build(tmp_path, iterations=12, eval_every=12, save_every=12, prompts_per_iteration=8, **settings)
     probe = [trainer.encode([text]) for text in trainer.eval_prompts]
 
     def reward():
