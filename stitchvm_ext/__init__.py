@@ -11,8 +11,12 @@ from ._version import __version__
 _HOME = {
     "AestheticReward": "rewards",
     "CleanReward": "training",
+    "DPOConfig": "training",
+    "DPOTrainer": "training",
     "DistilConfig": "rewards",
     "DistilledReward": "rewards",
+    "DraftConfig": "training",
+    "DraftTrainer": "training",
     "FKSteeringCallback": "sampling.callbacks",
     "FinetuneConfig": "value",
     "ImageReward": "rewards",

@@ -16,7 +16,7 @@ SMALL = {
     "iterations": 2, "num-inference-steps": 4, "eval-steps": 2, "eval-every": 1, "lora-rank": 2, "lora-alpha": 4,
     "prompts-per-iteration": 2,
 }  # fmt: skip
-METHODS = {"nft": {**SMALL, "group-size": 2}}
+METHODS = {"nft": {**SMALL, "group-size": 2}, "draft": SMALL, "dpo": {**SMALL, "group-size": 2}}
 
 
 def settings(method: str, **others) -> list[str]:
@@ -32,8 +32,7 @@ def prompts(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stitched", [False, True])
+@pytest.mark.parametrize(("method", "stitched"), [("nft", True), ("draft", True), ("dpo", False)])
 def test_align(monkeypatch, capsys, tmp_path, prompts, method, stitched):
     out = tmp_path / "run"
     window = {"stop_window": (2, 3)} if stitched else {}
@@ -60,7 +59,9 @@ def test_help_explains_every_setting(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "align", "--help")
     printed = capsys.readouterr().out
-    assert stop.value.code == 0 and "--nft.stop-window" in printed and "--held-out" in printed
+    assert stop.value.code == 0 and all(
+        option in printed for option in ("--nft.stop-window", "--draft.last-steps", "--dpo.dpo-beta", "--held-out")
+    )
 
 
 def test_user_errors_are_one_line(monkeypatch, tmp_path, prompts):

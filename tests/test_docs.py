@@ -78,7 +78,10 @@ class Modular:
 
 @pytest.mark.slow
 def test_the_readmes_examples_run(names, tmp_path, monkeypatch):
-    """As they are written, on the playground: its reward stands in for published weights, and training is short."""
+    """As they are written, on the playground: its reward stands in for published weights, and training is short.
+
+    But for those that train a generator.
+    """
     monkeypatch.chdir(tmp_path)
     pipe, reward, stitch = names["pipe"], names["reward"], stitchvm_ext.stitch
     aesthetic = names["playground"].load_reward("aesthetic")
@@ -98,7 +101,10 @@ def test_the_readmes_examples_run(names, tmp_path, monkeypatch):
         "images": names["images"][:24], "aesthetic_reward": aesthetic, "clip_reward": reward,
         "modular": Modular(pipe), "sigmas": [1.0, 0.5], "pooled_prompt_embeds": pipe.encode_prompt("a", "a", "a")[2],
     }  # fmt: skip
-    run_blocks(ROOT / "README.md", names, blocks(ROOT / "README.md", "python"))
+    examples = blocks(ROOT / "README.md", "python")
+    training = [(line, code) for line, code in examples if "NFTConfig" in code]  # docs/training.md runs the like, small
+    assert len(training) <= 2
+    run_blocks(ROOT / "README.md", names, [example for example in examples if example not in training])
 
 
 def command_lines() -> list:

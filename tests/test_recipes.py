@@ -101,6 +101,11 @@ def test_sd35_medium_nft(tmp_path):
     align("nft", tmp_path, **{"config.prompts_per_iteration": 2, "config.group_size": 2})
 
 
+@pytest.mark.slow
+def test_sd35_medium_draft(tmp_path):
+    align("draft", tmp_path, **{"config.prompts_per_iteration": 2})
+
+
 def align(method: str, folder: Path, **options) -> None:
     rewards.tiny_dfn_clip(folder / "dfn")
     rewards.write_hpsv2(folder / "hps")

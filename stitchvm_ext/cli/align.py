@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..training import NFTConfig, NFTTrainer, TrainingConfig
+from ..training import DPOConfig, DPOTrainer, DraftConfig, DraftTrainer, NFTConfig, NFTTrainer, TrainingConfig
 from .options import BackboneOptions, OptionalRewardOptions, Reward, hide_loading_bars
 
-TRAINERS = {"nft": NFTTrainer}
+TRAINERS = {"nft": NFTTrainer, "draft": DraftTrainer, "dpo": DPOTrainer}
 MethodName = Literal[tuple(TRAINERS)]
 EVAL_SHARE, EVAL_PROMPTS = 8, 16  # by default a prompt in eight, at most so many, is kept for evaluation
 
@@ -21,12 +21,17 @@ class Alignment:
     """The method and its settings. Settings of a method that is not chosen are refused.
 
     Attributes:
-        method: "nft" is DiffusionNFT, online reinforcement learning on the forward process.
+        method: "nft" is DiffusionNFT, online reinforcement learning on the forward process; "draft" is DRaFT, the
+            reward's gradient through a rollout's last steps; "dpo" is Diffusion-DPO on samples that the reward ranks.
         nft: settings of nft.
+        draft: settings of draft.
+        dpo: settings of dpo.
     """
 
     method: MethodName
     nft: NFTConfig = NFTConfig()
+    draft: DraftConfig = DraftConfig()
+    dpo: DPOConfig = DPOConfig()
 
     def config(self) -> TrainingConfig:
         """The chosen method's. Raises ValueError where another's were given."""

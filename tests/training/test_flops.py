@@ -14,6 +14,7 @@ from stitchvm_ext.plan.architectures import ARCHITECTURES
 from stitchvm_ext.plan.pieces import Pieces
 from stitchvm_ext.training import NFTConfig
 from stitchvm_ext.training.lora import TARGETS
+from stitchvm_ext.training.samples import draw_stop
 from tests.training.build import build
 
 MEDIUM = ARCHITECTURES["sd3.5-medium"]
@@ -51,7 +52,7 @@ def test_how_often_the_networks_run(tmp_path, kl_weight):
         watch(name, backbone)
     trainer.iterate(0)
     config = trainer.config
-    expected = [rows(config, trainer._stop(0, k)) for k in range(config.prompts_per_iteration)]
+    expected = [rows(config, draw_stop(trainer, 0, k)) for k in range(config.prompts_per_iteration)]
     total = {name: config.group_size * sum(row[name] for row in expected) for name in expected[0]}
     value = total.pop("value")
     total["base"] += value  # its prefix is the base's

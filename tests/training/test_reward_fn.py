@@ -120,7 +120,7 @@ def examples(tmp_path, pipe):
     value = stitched_value(pipe, 2, reward=load_reward("clip", tmp_path / "clip-folder").eval())
     value.save_pretrained(tmp_path / "value-folder")
     found = []
-    for block in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL):
+    for block in re.findall(r"```py\n(.*?)```", GUIDE.read_text(), re.DOTALL):
         program = re.sub(r'"([a-z]+-folder)"', lambda name: repr(str(tmp_path / name[1])), block)
         found.append({})
         exec(compile(program, str(GUIDE), "exec"), found[-1])
