@@ -28,7 +28,6 @@ if not (ROOT / "mkdocs.yml").is_file():
     pytest.skip("the documentation is not beside these tests", allow_module_level=True)
 
 PAGES = sorted(DOCS.glob("*.md"))
-RUN_ELSEWHERE = ("rl_engines.md",)  # tests/training/test_reward_fn.py, in loops like the engines' own
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
@@ -56,7 +55,7 @@ def names():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", named([p for p in PAGES if blocks(p, "python") and p.name not in RUN_ELSEWHERE]))
+@pytest.mark.parametrize("page", named([p for p in PAGES if blocks(p, "python")]))
 def test_examples_run(page, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_blocks(page, names, blocks(page, "python"))
