@@ -29,8 +29,8 @@ def measure(
     rounds: int,
     add: Callable[[Rows], dict[str, Any]] = lambda rows: {},
 ) -> dict[str, Any]:
-    """Time, memory, FLOPs and share of the limit of every call; writes NAME.json, from the second round on, and
-    NAME.png, and prints the table.
+    """Time, memory, FLOPs and share of the limit of every call; writes NAME.json after every round, NAME.png
+    at the end, and prints the table.
 
     Args:
         add: further entries of the result, from the rows.
@@ -46,10 +46,9 @@ def measure(
     def record(times: dict[str, list[float]]) -> None:
         done = len(times[PROBE])
         print(f"round {done}: " + ", ".join(f"{v} {t[-1] / 1e3:.4g} s" for v, t in times.items()), flush=True)
-        if done > 1:
-            rows = rows_of(cost, times)
-            result.update({"setup": setup.description, "variants": rows, **add(rows)})
-            save(name, result, out)
+        rows = rows_of(cost, times)
+        result.update({"setup": setup.description, "variants": rows, **add(rows)})
+        save(name, result, out)
 
     alternate({**calls, PROBE: probe}, seconds=0, device=device, rounds=rounds, warmup=0, on_round=record)
     plot(result, out / f"{name}.png")
