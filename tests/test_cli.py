@@ -60,7 +60,9 @@ def test_info_prints_versions_and_backends(monkeypatch, capsys):
     assert __version__ in printed and all(op in printed for op in _info.OPS)
 
 
-@pytest.mark.parametrize(("command", "least"), [("search", 14), ("train", 20), ("eval", 17), ("sample", 40)])
+@pytest.mark.parametrize(
+    ("command", "least"), [("search", 14), ("train", 20), ("eval", 17), ("sample", 40), ("compare", 20)]
+)
 def test_help_explains_every_option(monkeypatch, capsys, command, least):
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, command, "--help")
@@ -190,6 +192,24 @@ def test_sample_a_prompt_file_by_every_method(monkeypatch, value, tmp_path):
         assert settings["options"][name] == options[1]
     assert len(rows_of(tmp_path / "fk")[0]["rewards"]) == 2
     assert settings["sigmas"][0] == 1 and len(settings["sigmas"]) == 4
+
+
+def test_compare(monkeypatch, capsys, value, tmp_path):
+    methods = ("unguided", "dps:strength=0.2", "fk@tweedie:num_particles=2", "best_of_n:num_particles=2")
+    arguments = (
+        "compare", *MODELS, "--value", value, "--prompt", "a red circle", "two blue squares", "--methods", *methods,
+        "--steps", 2, "--images-per-prompt", 2, "--prompts-per-batch", 1, "--held-out", "playground", "--device", "cpu",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    run(monkeypatch, *arguments)
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert list(found["contenders"]) == list(methods) and all(name in printed for name in methods)
+    for row in found["contenders"].values():
+        assert row["means"]["held-out playground"] == row["means"]["reward"] and 0 <= row["means"]["objects"] <= 1
+    assert {"compare.png", "grid.png"} < {f.name for f in (tmp_path / "out").iterdir()}
+    message = error_of(monkeypatch, *arguments, "--seed", 1)
+    assert "has batches of another comparison" in message and "seed: expected 0, got 1" in message
 
 
 def test_sample_refuses_what_does_not_fit(monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..training import DPOConfig, DPOTrainer, DraftConfig, DraftTrainer, NFTConfig, NFTTrainer, TrainingConfig
-from .options import BackboneOptions, OptionalRewardOptions, Reward, hide_loading_bars
+from .options import BackboneOptions, OptionalRewardOptions, hide_loading_bars, parse_reward
 
 TRAINERS = {"nft": NFTTrainer, "draft": DraftTrainer, "dpo": DPOTrainer}
 MethodName = Literal[tuple(TRAINERS)]
@@ -79,7 +79,7 @@ def align(
     texts, held_out_texts = _split(texts) if eval_prompts is None else (texts, PromptDataset(eval_prompts).texts)
     hide_loading_bars()
     device = backbone.torch_device
-    judges = {name: _parse(name).load(device) for name in held_out}
+    judges = {name: parse_reward(name).load(device) for name in held_out}
     scorer, pipe = reward.load(device), backbone.load()
     trainer = TRAINERS[alignment.method](
         pipe,
@@ -107,13 +107,6 @@ def _split(texts: list[str]) -> tuple[list[str], list[str]]:
     if not trained:
         raise ValueError(f"prompts: expected at least 2 different ones, one of them to evaluate, got {len(texts)}")
     return trained, kept
-
-
-def _parse(held_out: str) -> Reward:
-    """KIND[=PATH][,NAME=OPTION...]"""
-    first, *options = held_out.split(",")
-    kind, _, path = first.partition("=")
-    return Reward(kind, path or None, tuple(options))
 
 
 def _load_values(names: tuple[str, ...], pipe):

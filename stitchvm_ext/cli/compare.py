@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from .options import BackboneOptions, RewardOptions, SizeOptions, hide_loading_bars
+from .options import BackboneOptions, RewardOptions, SizeOptions, hide_loading_bars, parse_reward
 
 ESTIMATORS = ("stitched", "tweedie")
 
@@ -34,12 +34,13 @@ def compare(
     Args:
         methods: each METHOD, METHOD:NAME=VALUE,... or METHOD@ESTIMATOR:NAME=VALUE,..., such as unguided
             dps:strength=0.2 fk:num_particles=4,num_proposals=2 fk@tweedie:num_particles=4 best_of_n:num_particles=4;
-            the estimator is stitched (default) or tweedie, the names are options of the method, or "transition".
+            the estimator is stitched (default) or tweedie, the names are options of the method, "transition" or
+            "num_inference_steps".
         reward: the target: scores finished pictures, and is what tweedie follows.
         prompt: texts, one or several.
-        prompts: instead of these a file, a text per line.
+        prompts: instead of these a file: a text per line, or .jsonl lines with "prompt", "seed" and "negative_prompt".
         value: folder of the stitched value model, or owner/name on the Hub.
-        held_out: rewards that nobody follows, each KIND or KIND=PATH.
+        held_out: rewards that nobody follows, each KIND, KIND=PATH or KIND=PATH,NAME=OPTION, kinds as for --reward.
         out: folder for the results.
         steps: sampling steps.
         guidance_scale: classifier-free guidance, 1 for none; of FLUX the distilled guidance.
@@ -51,22 +52,20 @@ def compare(
     from ..evaluation.compare import Contender
     from ..evaluation.compare import compare as run
     from ..playground.experiments import checker_measures
-    from ..rewards import load_reward
     from ..sampling import read_prompts
     from ..value import StitchedValue, TweedieValue
 
     parsed = [parse_method(text) for text in methods]
     if bool(prompt) == (prompts is not None):
         raise ValueError("prompt, prompts: expected either texts or a file, got both or neither")
-    texts = list(prompt) or [entry.prompt for entry in read_prompts(prompts)]
+    texts = read_prompts(list(prompt) or prompts)
+    judges = {f"held-out {text}": parse_reward(text) for text in held_out}
     if value is None and any(estimator == "stitched" for _, estimator, _ in parsed):
         raise ValueError("value: expected a value model for methods with the stitched estimator, got None")
     hide_loading_bars()
     scorer, pipe = reward.load(backbone.torch_device), backbone.load()
     rewards = {"reward": scorer}
-    for text in held_out:
-        kind, _, path = text.partition("=")
-        rewards[f"held-out {kind}"] = load_reward(kind, path or None).to(scorer.device).eval().requires_grad_(False)
+    rewards |= {name: judge.load(scorer.device) for name, judge in judges.items()}
     estimators = {None: None, "tweedie": TweedieValue(pipe, scorer)}
     if value is not None:
         estimators["stitched"] = StitchedValue.from_pretrained(value, pipe)
@@ -95,7 +94,7 @@ def compare(
 
 
 def parse_method(text: str) -> tuple[str, str | None, dict]:
-    """The name, the estimator's (None for unguided sampling) and the options of guided_sample that a text asks for."""
+    """The name, the estimator's (None where no value is asked) and the options of guided_sample in a text."""
     head, _, tail = text.partition(":")
     name, _, estimator = head.partition("@")
     options: dict = {"method": "dps" if name == "unguided" else name}
@@ -109,11 +108,16 @@ def parse_method(text: str) -> tuple[str, str | None, dict]:
             options[key] = literal
     if estimator and estimator not in ESTIMATORS:
         raise ValueError(f"methods: expected one of {list(ESTIMATORS)} after @ in {text!r}, got {estimator!r}")
+    own = {k: v for k, v in options.items() if k not in ("method", "transition", "num_inference_steps")}
     if name == "unguided":
+        if estimator or own:
+            raise ValueError(f"methods: expected no estimator and no options of a method in {text!r}")
         return name, None, options
     from ..sampling.methods import make_options
 
-    make_options(name, {k: v for k, v in options.items() if k not in ("method", "transition")})
+    make_options(name, own)
+    if name == "best_of_n" and "keep" not in own:
+        return name, estimator or None, options  # the reward chooses, no value is asked
     return name, estimator or "stitched", options
 
 

@@ -134,6 +134,13 @@ class Reward:
         return load_reward(self.reward, self.reward_path, **options).to(device).eval().requires_grad_(False)
 
 
+def parse_reward(text: str) -> Reward:
+    """The reward that KIND[=PATH][,NAME=OPTION...] names."""
+    first, *options = text.split(",")
+    kind, _, path = first.partition("=")
+    return Reward(kind, path or None, tuple(options))
+
+
 @dataclass(frozen=True)
 class OptionalReward(Reward):
     __doc__ = Reward.__doc__

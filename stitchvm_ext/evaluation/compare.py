@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import statistics
 import time
@@ -18,6 +17,10 @@ from tqdm.auto import tqdm
 from ..measure import peak_memory
 from ..rewards.base import RewardModel
 from ..rewards.sum import RewardSum
+from ..sampling.checks import check_count
+from ..sampling.prompt_file import Prompt, as_entries, expand_prompts, in_batches, read_prompts
+from ..sampling.sample_prompts import call_arguments, draw
+from ..sampling.settings import call_identity, difference, identity, pipe_identity, plain
 from ..value.base import ValueEstimator, score_images
 from .compare_report import Comparison
 
@@ -37,7 +40,7 @@ class Contender:
 def compare(
     pipe,
     contenders: Sequence[Contender],
-    prompts: Sequence[str],
+    prompts: str | Path | Sequence[str | Prompt],
     rewards: Mapping[str, RewardModel | RewardSum],
     *,
     images_per_prompt: int = 1,
@@ -51,12 +54,13 @@ def compare(
 ) -> Comparison:
     """Sample every prompt by every contender, in turns batch by batch, and measure pictures, evaluations and time.
 
-    Image k of prompt p starts from the generator of ``seed + p * images_per_prompt + k`` in each of them.
+    Image k of prompt p starts from the generator of ``seed + p * images_per_prompt + k`` in each of them, or of the
+    prompt's own seed plus k.
 
     Args:
         pipe: a pipeline of images.
         contenders: with different names.
-        prompts: P texts.
+        prompts: a file or a list of P, see :func:`~stitchvm_ext.sampling.read_prompts`.
         rewards: clean rewards by name: the first is the target, the others nobody follows (held out).
         images_per_prompt: S; from two on, the diversity of a prompt's pictures is measured, as the mean distance
             (1 - cosine) of their embeddings by the last reward that has one.
@@ -67,37 +71,51 @@ def compare(
         common: of :func:`guided_sample`; a contender's own options win.
 
     Raises:
-        ValueError: no contenders, two of one name, no reward, or a ``work_dir`` of another comparison.
+        TypeError, ValueError: no contenders, two of one name, options that :func:`guided_sample` does not have, no
+            prompt, no reward, or a ``work_dir`` of another comparison.
     """
-    from ..sampling import guided_sample
-
     names = [c.name for c in contenders]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"contenders: expected at least one, and different names, got {names}")
     if not rewards:
         raise ValueError("rewards: expected at least the target reward by name, got none")
-    shelf = None if work_dir is None else _shelf(Path(work_dir), contenders, prompts, images_per_prompt, seed, common)
-    starts = range(0, len(prompts), prompts_per_batch)
-    batches = [list(range(start, min(start + prompts_per_batch, len(prompts)))) for start in starts]
+    prompts = read_prompts(prompts)
+    samples = expand_prompts(prompts, images_per_prompt, seed, negative_prompt="")
+    check_count("prompts_per_batch", prompts_per_batch)
+    batches = in_batches(samples, prompts_per_batch * images_per_prompt)
+    arguments = [call_arguments({**common, **c.options}) for c in contenders]
+    if any(of["num_frames"] != 1 for of in arguments):
+        raise ValueError("num_frames: expected 1, pictures are compared")
+    shelf = None
+    if work_dir is not None:
+        settings = {
+            "contenders": [
+                {"name": c.name, **call_identity(pipe, c.value, of)}
+                for c, of in zip(contenders, arguments, strict=True)
+            ],
+            "pipe": pipe_identity(pipe),
+            "rewards": [[name, identity(reward)] for name, reward in rewards.items()],
+            "measures": measures,
+            "prompts": as_entries(prompts),
+            "images_per_prompt": images_per_prompt,
+            "prompts_per_batch": prompts_per_batch,
+            "seed": seed,
+        }
+        shelf = _shelf(Path(work_dir), json.loads(json.dumps(settings, default=plain)))
     parts: dict[str, list[dict]] = {name: [] for name in names}
     bar = tqdm(total=len(batches) * len(names), desc="compare", unit="batch", disable=not progress)
     for number, batch in enumerate(batches):
-        texts = [prompts[p] for p in batch for _ in range(images_per_prompt)]
+        texts = [sample.prompt for sample in batch]
         for position, contender in enumerate(contenders):
             kept = None if shelf is None else shelf / f"{number:05d}-{position:03d}.pt"
             if kept is not None and kept.exists():
                 parts[contender.name].append(torch.load(kept, weights_only=True))
             else:
-                first = seed + batch[0] * images_per_prompt
-                generators = [torch.Generator().manual_seed(first + k) for k in range(len(texts))]
                 with peak_memory(pipe.device) as peak:
                     began = time.perf_counter()
-                    result = guided_sample(
-                        pipe, contender.value, texts, generator=generators, output_type="pt", progress=False,
-                        **{**common, **contender.options},
-                    )  # fmt: skip
-                    seconds = (time.perf_counter() - began) / len(texts)
-                part = _measured(result.images.cpu(), texts, images_per_prompt, rewards, measures)
+                    result = draw(pipe, contender.value, batch, output_type="pt", **{**common, **contender.options})
+                    seconds = (time.perf_counter() - began) / len(batch)
+                part = _measured(result.images.float().cpu(), texts, images_per_prompt, rewards, measures)
                 part |= {"evaluations": asdict(result.evaluations), "seconds": seconds, "peak_bytes": peak.bytes}
                 if kept is not None:
                     torch.save(part, kept.with_suffix(".partial"))
@@ -108,7 +126,7 @@ def compare(
                 on_batch()
     bar.close()
     return Comparison(
-        prompts=list(prompts),
+        prompts=[prompt.prompt for prompt in prompts],
         images_per_prompt=images_per_prompt,
         target=next(iter(rewards)),
         figures={name: _put_together(of, images_per_prompt) for name, of in parts.items()},
@@ -116,26 +134,21 @@ def compare(
     )
 
 
-def _shelf(folder: Path, contenders, prompts, images_per_prompt: int, seed: int, common: dict) -> Path:
+def _shelf(folder: Path, settings: dict[str, Any]) -> Path:
     """The folder of finished batches, of this very comparison."""
-
-    def told_of(options: dict) -> dict[str, str]:
-        plain = (str, int, float, tuple, list, dict, type(None))
-        return {name: repr(o) if isinstance(o, plain) else type(o).__name__ for name, o in sorted(options.items())}
-
-    told = {
-        "contenders": {c.name: [type(c.value).__name__, told_of(c.options)] for c in contenders},
-        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        "images_per_prompt": images_per_prompt, "seed": seed, "common": told_of(common),
-    }  # fmt: skip
     path = folder / "comparison.json"
-    folder.mkdir(parents=True, exist_ok=True)
     if path.is_file():
-        before = json.loads(path.read_text())
-        for name, setting in told.items():
-            if before.get(name) != setting:
-                raise ValueError(f"work_dir: {folder} holds another comparison, its {name} differ; give a new folder")
-    path.write_text(json.dumps(told, indent=1))
+        found = difference(json.loads(path.read_text()), settings)
+        if found:
+            name, theirs, ours = found
+            raise ValueError(
+                f"work_dir: {folder} has batches of another comparison, give another folder: {name}: expected "
+                f"{theirs!r:.200}, got {ours!r:.200}"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(settings, indent=1))
+    partial.replace(path)
     return folder
 
 
@@ -161,7 +174,7 @@ def _device(reward) -> torch.device:
 
 
 def _put_together(parts: list[dict], per_prompt: int) -> dict[str, Any]:
-    """Means with standard errors over prompts, evaluations and seconds per image, and the peak."""
+    """Means with standard errors over prompts (None of one prompt), evaluations and seconds per image, the peak."""
     of_prompt = {
         name: torch.cat([part["figures"][name] for part in parts]).view(-1, per_prompt).mean(1)
         for name in parts[0]["figures"]
@@ -173,7 +186,7 @@ def _put_together(parts: list[dict], per_prompt: int) -> dict[str, Any]:
     return {
         "means": {name: x.double().mean().item() for name, x in of_prompt.items()},
         "standard_errors": {
-            name: (x.double().std() / len(x) ** 0.5).item() if len(x) > 1 else 0.0 for name, x in of_prompt.items()
+            name: (x.double().std() / len(x) ** 0.5).item() if len(x) > 1 else None for name, x in of_prompt.items()
         },
         "evaluations_per_image": {k: sum(part["evaluations"][k] for part in parts) / count for k in kinds},
         "seconds_per_image": statistics.median(part["seconds"] for part in parts),

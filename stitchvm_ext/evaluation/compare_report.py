@@ -20,8 +20,9 @@ class Comparison:
         prompts: P texts.
         images_per_prompt: S.
         target: name of the reward that methods follow.
-        figures: by contender "means" and "standard_errors" (over prompts) of every figure, "evaluations_per_image" of
-            the networks, median "seconds_per_image" and "peak_bytes" above what was held before.
+        figures: by contender "means" and "standard_errors" (over prompts; None of one prompt) of every figure,
+            "evaluations_per_image" of the networks, median "seconds_per_image" and "peak_bytes" above what was held
+            before.
         images: by contender uint8 [P * S, 3, H, W].
     """
 
@@ -40,7 +41,7 @@ class Comparison:
         lines = [head + "".join(kind.rjust(10) for kind in KINDS) + "   s/image  peak MiB"]
         for name, row in self.figures.items():
             cells = [
-                f"{row['means'][m]:.3f} ± {row['standard_errors'][m]:.3f}".rjust(w)
+                _cell(row["means"][m], row["standard_errors"][m]).rjust(w)
                 for m, w in zip(measures, columns, strict=True)
             ]
             counts = [f"{row['evaluations_per_image'][kind]:10.1f}" for kind in KINDS]
@@ -71,7 +72,7 @@ class Comparison:
         for ax, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
             for name, row in self.figures.items():
                 x, y = row["evaluations_per_image"]["denoiser"], row["means"][measure]
-                ax.errorbar(x, y, row["standard_errors"][measure], fmt="o", capsize=3, markersize=4)
+                ax.errorbar(x, y, row["standard_errors"][measure] or 0.0, fmt="o", capsize=3, markersize=4)
                 ax.annotate(name, (x, y), fontsize=6, xytext=(4, 3), textcoords="offset points")
             ax.set(title=measure, xlabel="denoiser evaluations per image", xscale="log")
             ax.margins(x=0.25)
@@ -97,3 +98,7 @@ class Comparison:
         partial = path.with_name(path.name + ".partial")
         figure.savefig(partial, dpi=130, format="png")
         partial.replace(path)
+
+
+def _cell(mean: float, standard_error: float | None) -> str:
+    return f"{mean:.3f}" if standard_error is None else f"{mean:.3f} ± {standard_error:.3f}"

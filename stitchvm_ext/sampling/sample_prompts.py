@@ -7,23 +7,21 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..backbones import DiffusionBackbone, backbone_of
-from ..rewards.sum import WeightedSum
+from ..backbones import backbone_of
 from ..value.base import ValueEstimator
 from ..value.processes import from_main, processes
-from ..value.targets import denoiser_identity, text_encoders_identity, vae_identity, weights_hash
 from .checks import check_count
 from .guided_sample import GuidedSampleOutput, guided_sample
 from .methods import make_options
 from .prompt_file import Prompt, Sample, as_entries, expand_prompts, in_batches, read_prompts
-from .schedule import pipeline_sigmas
+from .settings import call_identity, difference, pipe_identity, plain
 
 # Arguments of guided_sample that follow from the prompts and seeds of a run.
 OWN = ("generator", "latents", "num_images_per_prompt", "output_type")
@@ -80,16 +78,8 @@ def sample_prompts(
     check_count("num_inference_steps", arguments["num_inference_steps"])
     backbone = backbone_of(pipe)
     settings = {
-        **arguments,
-        "reward": _identity(arguments["reward"]),
-        "sigmas": _sigmas(pipe, backbone, arguments),
-        "value": _identity(value),
-        "pipe": {
-            "class": type(pipe).__name__,
-            "denoiser": denoiser_identity(backbone.denoiser),
-            "vae": vae_identity(pipe.vae)["weights"],
-            "text_encoders": text_encoders_identity(pipe),
-        },
+        **call_identity(pipe, value, arguments),
+        "pipe": pipe_identity(pipe),
         "images_per_prompt": images_per_prompt,
         "images_per_batch": images_per_batch,
         "seed": seed,
@@ -97,7 +87,7 @@ def sample_prompts(
         "prompts": as_entries(prompts),
     }
     folder = SampleFolder(Path(out))
-    settings = json.loads(json.dumps(settings, default=_plain))
+    settings = json.loads(json.dumps(settings, default=plain))
     folder.check_settings(settings)
     state = processes(backbone.device)
     done = set(from_main(state, folder.begin(settings) if state.is_main_process else None))
@@ -181,9 +171,9 @@ class SampleFolder:
             return
         if not self.settings_file.is_file():
             raise ValueError(f"out: expected a new folder, got {self.path}, whose samples have no settings.json")
-        difference = _difference(json.loads(self.settings_file.read_text(encoding="utf-8")), settings)
-        if difference:
-            name, theirs, ours = difference
+        found = difference(json.loads(self.settings_file.read_text(encoding="utf-8")), settings)
+        if found:
+            name, theirs, ours = found
             raise ValueError(
                 f"out: {self.path} has samples of another call, give another folder: {name}: expected "
                 f"{theirs!r:.200}, got {ours!r:.200}"
@@ -239,57 +229,3 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
-
-
-# -- settings ----------------------------------------------------------------------------------------------------------
-
-
-def _sigmas(pipe, backbone: DiffusionBackbone, arguments: dict[str, Any]) -> list[float]:
-    size = backbone.latent_size(pipe, arguments["height"], arguments["width"])
-    return pipeline_sigmas(pipe, backbone, arguments["num_inference_steps"], size).tolist()
-
-
-def _identity(x) -> Any:
-    """What tells a value or a reward from another, JSON-ready: classes, numbers and a digest of weights."""
-    if x is None or isinstance(x, bool | int | float | str):
-        return x
-    if isinstance(x, list | tuple):
-        return [_identity(entry) for entry in x]
-    if isinstance(x, WeightedSum):
-        return {"weights": x.weights, "normalise": x.normalise}
-    found: dict[str, Any] = {"class": type(x).__name__}
-    if isinstance(x, nn.Module):
-        found["weights"] = weights_hash(x)
-    for name, entry in vars(x).items():
-        if name.startswith("_") or name in ("backbone", "vae", "training", "details"):
-            continue
-        known = bool | int | float | str | WeightedSum
-        if isinstance(entry, known if isinstance(x, nn.Module) else known | ValueEstimator | nn.Module | list | tuple):
-            found[name] = _identity(entry)
-    return found
-
-
-def _plain(x) -> Any:
-    """JSON of what has none of its own: options by their fields, functions by name."""
-    if is_dataclass(x):
-        return vars(x)
-    if callable(x):
-        return getattr(x, "__qualname__", type(x).__name__)
-    raise TypeError(f"options: expected numbers, texts and functions, got {type(x).__name__}")
-
-
-def _difference(theirs: Any, ours: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first place at which two JSON documents differ, and what stands there."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in dict.fromkeys((*ours, *theirs)):
-            found = _difference(theirs.get(key), ours.get(key), f"{name}.{key}" if name else key)
-            if found:
-                return found
-        return None
-    if isinstance(theirs, list) and isinstance(ours, list):
-        for place, pair in enumerate(zip(theirs, ours, strict=False)):
-            found = _difference(*pair, f"{name}[{place}]")
-            if found:
-                return found
-        return None if len(theirs) == len(ours) else (f"number of {name}", len(theirs), len(ours))
-    return None if theirs == ours else (name, theirs, ours)

@@ -69,8 +69,37 @@ def test_an_interrupted_comparison_goes_on(parts, tmp_path):
     for name in ("unguided", "best of 3"):
         assert resumed.figures[name]["means"] == whole.figures[name]["means"]
         assert torch.equal(resumed.images[name], whole.images[name])
-    with pytest.raises(ValueError, match="work_dir: .* its seed differ"):
-        run(parts, work_dir=tmp_path, seed=6)
+    pipe, contenders, rewards = parts
+    others = {
+        "seed": {"seed": 6},
+        "prompts_per_batch": {"prompts_per_batch": 1},
+        r"contenders\[0\].num_inference_steps": {"num_inference_steps": 3},
+        "number of measures": {"measures": lambda images, prompts: {}},
+    }
+    for name, options in others.items():
+        with pytest.raises(ValueError, match=f"work_dir: .* another comparison.*{name.removeprefix('number of ')}"):
+            run(parts, work_dir=tmp_path, **options)
+    with pytest.raises(ValueError, match=r"contenders\[0\].name: expected 'unguided', got 'best of 3'"):
+        run((pipe, contenders[::-1], rewards), work_dir=tmp_path)
+    with pytest.raises(ValueError, match="rewards"):
+        run((pipe, contenders, {"target": tiny.tiny_reward(2), "again": rewards["again"]}), work_dir=tmp_path)
+
+
+def test_seeds_and_negative_prompts_of_a_file(parts, tmp_path):
+    pipe, contenders, rewards = parts
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a red circle", "seed": 40, "negative_prompt": "two blue squares"}\n')
+    found = compare(pipe, contenders[:1], file, rewards, progress=False, **RUN)
+    plain = guided_sample(
+        pipe, None, "a red circle", negative_prompt="two blue squares", progress=False, output_type="pt",
+        generator=torch.Generator().manual_seed(40), **RUN,
+    ).images  # fmt: skip
+    assert torch.equal(found.images["unguided"], (plain * 255).round().byte())
+    row = found.figures["unguided"]
+    assert row["standard_errors"] == {"target": None, "again": None} and "diversity" not in row["means"]
+    found.save(tmp_path)
+    assert json.loads((tmp_path / "compare.json").read_text())["contenders"]["unguided"]["means"] == row["means"]
+    assert "±" not in found.table().splitlines()[1]
 
 
 def test_bad_input(parts):
@@ -79,6 +108,16 @@ def test_bad_input(parts):
         compare(pipe, [contenders[0]] * 2, PROMPTS, rewards)
     with pytest.raises(ValueError, match="rewards"):
         compare(pipe, contenders, PROMPTS, {})
+    for expected, options in {
+        "prompts: expected at least one": {"prompts": []},
+        "images_per_prompt": {"images_per_prompt": 0},
+        "prompts_per_batch": {"prompts_per_batch": 0},
+        "num_frames": {"num_frames": 5},
+    }.items():
+        with pytest.raises(ValueError, match=expected):
+            compare(pipe, contenders, **{"prompts": PROMPTS, "rewards": rewards, **options})
+    with pytest.raises(TypeError, match="strenght: expected one of the options"):
+        compare(pipe, [contenders[0], Contender("guided", None, {"strenght": 1.0})], PROMPTS, rewards)
 
 
 def test_methods_on_the_command_line():
@@ -87,6 +126,12 @@ def test_methods_on_the_command_line():
     assert (name, estimator) == ("fk", "tweedie")
     assert options == {"method": "fk", "num_particles": 4, "resample_window": (0.1, 0.9), "potential": "max"}
     assert parse_method("dps:strength=0.3,transition=linear_sde")[2]["transition"] == "linear_sde"
+    assert parse_method("best_of_n:num_particles=2")[1] is None
+    assert parse_method("best_of_n:keep=((0.5,2),)")[1] == "stitched"
+    assert parse_method("unguided:num_inference_steps=40")[2] == {"method": "dps", "num_inference_steps": 40}
+    for text in ("unguided:strength=0.2", "unguided@tweedie"):
+        with pytest.raises(ValueError, match="no estimator and no options"):
+            parse_method(text)
     with pytest.raises(ValueError, match="method.*'beam'"):
         parse_method("beam")
     with pytest.raises(TypeError, match="strength"):
