@@ -59,7 +59,9 @@ def compare(
     if bool(prompt) == (prompts is not None):
         raise ValueError("prompt, prompts: expected either texts or a file, got both or neither")
     texts = read_prompts(list(prompt) or prompts)
-    judges = {f"held-out {text}": parse_reward(text) for text in held_out}
+    judges = {_judge_name(text): parse_reward(text) for text in held_out}
+    if len(judges) < len(held_out):
+        raise ValueError(f"held_out: expected rewards of different kinds or file names, got {list(held_out)}")
     if value is None and any(estimator == "stitched" for _, estimator, _ in parsed):
         raise ValueError("value: expected a value model for methods with the stitched estimator, got None")
     hide_loading_bars()
@@ -91,6 +93,12 @@ def compare(
     )
     found.save(out)
     print(f"\n{found.table()}\n\nwrote compare.json, compare.png and grid.png into {out}")
+
+
+def _judge_name(text: str) -> str:
+    """A heading: the kind, and of a path the last part."""
+    kind, _, path = text.partition(",")[0].partition("=")
+    return f"held-out {kind} {Path(path).name}".rstrip()
 
 
 def parse_method(text: str) -> tuple[str, str | None, dict]:

@@ -68,15 +68,24 @@ class Comparison:
         from matplotlib.figure import Figure
 
         measures = list(next(iter(self.figures.values()))["means"])
-        figure = Figure(figsize=(5 * len(measures), 4), layout="constrained")
-        for ax, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
+        columns = min(3, len(measures))
+        rows = -(-len(measures) // columns)
+        figure = Figure(figsize=(4.5 * columns, 3.6 * rows + 0.5), layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for ax in axes[len(measures) :]:
+            ax.remove()
+        for ax, measure in zip(axes, measures, strict=False):
             for name, row in self.figures.items():
                 x, y = row["evaluations_per_image"]["denoiser"], row["means"][measure]
-                ax.errorbar(x, y, row["standard_errors"][measure] or 0.0, fmt="o", capsize=3, markersize=4)
-                ax.annotate(name, (x, y), fontsize=6, xytext=(4, 3), textcoords="offset points")
+                ax.errorbar(x, y, row["standard_errors"][measure] or 0.0, fmt="o", capsize=3, markersize=4, label=name)
             ax.set(title=measure, xlabel="denoiser evaluations per image", xscale="log")
+            costs = sorted({round(row["evaluations_per_image"]["denoiser"]) for row in self.figures.values()})
+            ax.set_xticks([c for k, c in enumerate(costs) if not k or c > 1.25 * costs[k - 1]])
+            ax.xaxis.set_major_formatter("{x:.0f}")
+            ax.minorticks_off()
             ax.margins(x=0.25)
             ax.grid(alpha=0.3)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8)
         partial = path.with_name(path.name + ".partial")
         figure.savefig(partial, dpi=130, format="png")
         partial.replace(path)
@@ -94,7 +103,7 @@ class Comparison:
             for ax, image in zip(row, images[:: self.images_per_prompt], strict=False):
                 ax.imshow(image.permute(1, 2, 0).numpy())
                 ax.set(xticks=[], yticks=[])
-            row[0].set_ylabel(name, fontsize=7)
+            row[0].set_ylabel(name.replace(":", ":\n").replace(",", ",\n"), fontsize=6)
         partial = path.with_name(path.name + ".partial")
         figure.savefig(partial, dpi=130, format="png")
         partial.replace(path)
