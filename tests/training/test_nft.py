@@ -198,7 +198,8 @@ def test_two_processes_equal_one_with_twice_the_passes(tmp_path, stitched):
     run(tmp_path / "two", tmp_path / "two.pt", "--train-batch", 8, *options, processes=2)
     one, two = load(tmp_path / "one.pt"), load(tmp_path / "two.pt")
     rows_close(two["rows"], one["rows"])
-    assert_close(two["weights"], one["weights"], rtol=1e-3, atol=1e-5)
+    # AdamW makes steps of a like length of gradients near 0, whose rounding differs: a sixth of one step is allowed.
+    assert_close(two["weights"], one["weights"], rtol=1e-3, atol=5e-5)
 
 
 @pytest.mark.slow
