@@ -1,6 +1,7 @@
 """A run of a trainer on the small models, as a program of its own: for torchrun, and to be killed.
 
-    nft_run.py FOLDER RESULT [--method NAME] [--stitched] [--train-batch N] [--iterations N] [--kill-seed N]
+    nft_run.py FOLDER RESULT [--method NAME] [--stitched] [--train-batch N] [--rollout-batch N]
+        [--iterations N] [--kill-seed N]
 
 Writes weights and log to RESULT, from the main process. With ``--kill-seed`` the run is started and killed ten times,
 by SIGKILL, at moments drawn from that seed; it prints what each kill left, and leaves the rest to another call.
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     trainer = build(
         args.folder, method=args.method, stitched=args.stitched, train_batch_size=args.train_batch,
-        iterations=args.iterations, save_every=1,
+        rollout_batch_size=args.rollout_batch, iterations=args.iterations, save_every=1,
     )  # fmt: skip
     rows = trainer.train(progress=False)
     if trainer.state.is_main_process and args.result:
@@ -72,6 +73,7 @@ if __name__ == "__main__":
     parser.add_argument("--method", default="nft")
     parser.add_argument("--stitched", action="store_true")
     parser.add_argument("--train-batch", type=int, default=8)
+    parser.add_argument("--rollout-batch", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--kill-seed", type=int)
     args = parser.parse_args()

@@ -194,12 +194,12 @@ def load(path):
 @pytest.mark.parametrize("stitched", [False, True])
 def test_two_processes_equal_one_with_twice_the_passes(tmp_path, stitched):
     options = ["--stitched"] if stitched else []
-    run(tmp_path / "one", tmp_path / "one.pt", "--train-batch", 4, *options)
+    # Rollouts in batches as large as a process's share: AdamW makes much of the rounding of gradients near 0.
+    run(tmp_path / "one", tmp_path / "one.pt", "--train-batch", 4, "--rollout-batch", 3, *options)
     run(tmp_path / "two", tmp_path / "two.pt", "--train-batch", 8, *options, processes=2)
     one, two = load(tmp_path / "one.pt"), load(tmp_path / "two.pt")
     rows_close(two["rows"], one["rows"])
-    # AdamW makes steps of a like length of gradients near 0, whose rounding differs: a sixth of one step is allowed.
-    assert_close(two["weights"], one["weights"], rtol=1e-3, atol=5e-5)
+    assert_close(two["weights"], one["weights"], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
