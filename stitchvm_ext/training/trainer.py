@@ -198,13 +198,12 @@ class Trainer(ABC):
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Conditional and, for guidance, null-text encodings, one row per prompt."""
-        for text in dict.fromkeys(prompts):  # rewards keep them: in a batch they would depend on what was kept before
+        if self.config.offload_text_encoders:  # the rewards' too, which keep the texts that they have read
             for reward in self._rewards:
-                reward.encode_condition([text])
-        if self.config.offload_text_encoders:
-            for reward in self._rewards:
-                if isinstance(reward, TextConditioned) and reward.text.tower is not None:
-                    reward.text.tower.to("cpu")
+                if isinstance(reward, TextConditioned):
+                    reward.encode_condition(list(prompts))
+                    if reward.text.tower is not None:
+                        reward.text.tower.to("cpu")
         scale, options = split_guidance(self.policy, self.config.guidance_scale, 1.0, self.text_options)
         return encode_condition(self.pipe, self.policy, list(prompts), [""] * len(prompts), scale, options)
 
