@@ -92,7 +92,7 @@ def calibrate(
             raise TypeError(f"{name}: expected it in guidance, or not at all; calibrate runs method 'dps'")
     sources = per_sample_generators(generator, len(prompts))
     states = [g.get_state() for g in sources]
-    again = _noise_level_asker(pipe, value, prompts, options) if reward is None else None
+    judge = _value_of_noised(pipe, value, prompts, options) if reward is None else None
 
     scores = []
     for strength in (0.0, *tried):
@@ -103,7 +103,7 @@ def calibrate(
             pipe, value, prompts, reward=reward, num_inference_steps=num_inference_steps, generator=sources,
             output_type="latent", progress=progress, **settings, **options,
         )  # fmt: skip
-        scores.append((result.rewards[:, 0] if again is None else again(result.latents)).cpu())
+        scores.append((result.rewards[:, 0] if judge is None else judge(result.latents)).cpu())
     table = torch.stack(scores).double()  # [strengths, B]
     errors = (table - table[0]).std(1) / len(prompts) ** 0.5 if len(prompts) > 1 else torch.zeros(len(table))
     best = int(table.mean(1).argmax())
@@ -116,7 +116,7 @@ def calibrate(
     )
 
 
-def _noise_level_asker(pipe, value: ValueEstimator, prompts: list[str], options: dict[str, Any]):
+def _value_of_noised(pipe, value: ValueEstimator, prompts: list[str], options: dict[str, Any]):
     """The value [B] of finished latents, noised to ``CHECKED_AT`` with the same noise each time."""
     backbone = backbone_of(pipe)
     text = text_options_of(backbone, value, options.get("max_sequence_length"))

@@ -85,7 +85,7 @@ class FK:
         if self.guidance is not None:
             if not isinstance(task.transition, ReverseSDE):
                 raise ValueError("transition: expected one by name for guided proposals, whose density is known")
-            self.guidance.check_schedule(task.sigmas)
+            self.guidance.check_task(task)
 
 
 def sample_fk(task: SamplingTask, options: FK) -> Sampled:

@@ -94,14 +94,11 @@ class Guidance:
         return self.weight(sigma) > 0
 
     def check_task(self, task) -> None:
-        """Raises ValueError for a schedule that is not guided at any step, where there is a value."""
-        if task.denoiser.value is not None:
-            self.check_schedule(task.sigmas)
-
-    def check_schedule(self, sigmas: Tensor) -> None:
-        """Raises ValueError if there is a strength and no step of a schedule [T+1] that it guides."""
-        steps = list(enumerate(sigmas[:-1].tolist()))
-        if self.strength > 0 and not any(self.is_active(step, sigma) for step, sigma in steps):
+        """Raises ValueError where there is a value and a strength, and no step of the schedule that is guided."""
+        steps = list(enumerate(task.sigmas[:-1].tolist()))
+        if task.denoiser.value is None or self.strength == 0:
+            return
+        if not any(self.is_active(step, sigma) for step, sigma in steps):
             raise ValueError(
                 f"window, schedule: expected at least one guided step out of {len(steps)}, got none with window "
                 f"{self.window} and schedule {self.schedule!r}"

@@ -67,8 +67,8 @@ class SamplingTask:
         return self.condition.rows([s for s in range(len(self)) for _ in range(particles)])
 
     def rows(self, index: list[int]) -> SamplingTask:
-        """The task of some samples, given by position."""
-        return replace(self, condition=self.condition.rows(index), noise=self.noise.rows(index))
+        """The task of some samples, given by position; without initial latents, whose rows are particles."""
+        return replace(self, condition=self.condition.rows(index), noise=self.noise.rows(index), latents=None)
 
     def is_random(self, sigma: float, sigma_next: float) -> bool:
         """Whether the step between these levels draws noise; a user's own transition is given it always."""
