@@ -19,6 +19,7 @@ from .options import (
     SizeOptions,
     TowerName,
     hide_loading_bars,
+    prompts_of,
 )
 
 
@@ -258,7 +259,7 @@ def sample(
     from ..value.processes import processes
 
     options = method.options()
-    texts = _prompts(prompt, prompts)
+    texts = prompts_of(prompt, prompts)
     pipe = backbone.load()
     rows = sample_prompts(
         pipe,
@@ -283,15 +284,6 @@ def sample(
     )
     if processes(pipe.device).is_main_process:
         print(f"wrote {len(rows)} samples, samples.jsonl and settings.json into {out}")
-
-
-def _prompts(prompt: tuple[str, ...], prompts: Path | None) -> list:
-    """Those of --prompt or of the file --prompts. Raises ValueError unless one of the two was given."""
-    from ..sampling import read_prompts
-
-    if bool(prompt) == (prompts is not None):
-        raise ValueError("prompts: expected either --prompt TEXT ... or --prompts FILE")
-    return read_prompts(list(prompt) if prompt else prompts)
 
 
 def plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from .options import BackboneOptions, RewardOptions, SizeOptions, hide_loading_bars, parse_reward
+from .options import BackboneOptions, RewardOptions, SizeOptions, hide_loading_bars, parse_reward, prompts_of
 
 ESTIMATORS = ("stitched", "tweedie")
 
@@ -52,13 +52,10 @@ def compare(
     from ..evaluation.compare import Contender
     from ..evaluation.compare import compare as run
     from ..playground.experiments import checker_measures
-    from ..sampling import read_prompts
     from ..value import StitchedValue, TweedieValue
 
     parsed = [parse_method(text) for text in methods]
-    if bool(prompt) == (prompts is not None):
-        raise ValueError("prompt, prompts: expected either texts or a file, got both or neither")
-    texts = read_prompts(list(prompt) or prompts)
+    texts = prompts_of(prompt, prompts)
     judges = {_judge_name(text): parse_reward(text) for text in held_out}
     if len(judges) < len(held_out):
         raise ValueError(f"held_out: expected rewards of different kinds or file names, got {list(held_out)}")

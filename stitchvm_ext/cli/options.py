@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -186,3 +187,12 @@ def hide_loading_bars() -> None:
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
+
+
+def prompts_of(prompt: tuple[str, ...], prompts: Path | None) -> list:
+    """Those of --prompt or of the file --prompts. Raises ValueError unless one of the two was given."""
+    from ..sampling import read_prompts
+
+    if bool(prompt) == (prompts is not None):
+        raise ValueError("prompts: expected either --prompt TEXT ... or --prompts FILE")
+    return read_prompts(list(prompt) if prompt else prompts)

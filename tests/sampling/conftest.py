@@ -21,18 +21,18 @@ def reward():
 
 @pytest.fixture
 def make_stitched(reward):
-    """Makes a stitched value with a random stitch at depth 2: sampling does not care whether it was trained."""
+    """Makes a stitched value with a random stitch: sampling does not care whether it was trained."""
 
-    def make(pipe, **text) -> StitchedValue:
+    def make(pipe, depth: int = 2, latent_size: tuple[int, int] = (16, 16), **text) -> StitchedValue:
         backbone = backbone_of(pipe)
         torch.manual_seed(0)
         value = StitchedValue(
             backbone,
-            StitchLayer(backbone.width(), reward.width, reward.grid),
+            StitchLayer(backbone.width(depth), reward.width, reward.grid),
             reward.suffix(1),
-            depth=2,
+            depth=depth,
             layer=1,
-            latent_size=(16, 16),
+            latent_size=latent_size,
             null_condition=backbone.null_condition(pipe, **text),
             text_options=text,
         )

@@ -7,30 +7,17 @@ import torch
 
 from stitchvm_ext import guided_sample
 from stitchvm_ext.backbones import backbone_of
-from stitchvm_ext.value import StitchedValue
-from stitchvm_ext.value.stitch_layer import StitchLayer
 from tests.sampling.test_guided_sample import Unshared
-from tests.tiny import tiny_reward
 from tests.tiny.catalogue import PIPELINES
 
 
-def random_value(pipe, depth: int, latent_size) -> StitchedValue:
-    backbone, reward = backbone_of(pipe), tiny_reward()
-    torch.manual_seed(0)
-    stitch = StitchLayer(backbone.width(depth), reward.width, reward.grid)
-    return StitchedValue(
-        backbone, stitch, reward.suffix(1), depth=depth, layer=1, latent_size=latent_size,
-        null_condition=backbone.null_condition(pipe), text_options={},
-    ).eval().requires_grad_(False)  # fmt: skip
-
-
 @pytest.mark.parametrize("name", list(PIPELINES))
-def test_proposals_share_the_prefix_and_change_nothing(name):
+def test_proposals_share_the_prefix_and_change_nothing(make_stitched, name):
     pipe = PIPELINES[name]()
     backbone = backbone_of(pipe)
     height, width = getattr(pipe, "test_size", (None, None))
     latent_size = backbone.latent_size(pipe, height, width)
-    value = random_value(pipe, min(2, backbone.depth), latent_size)
+    value = make_stitched(pipe, min(2, backbone.depth), latent_size)
 
     def run(value):
         with warnings.catch_warnings():

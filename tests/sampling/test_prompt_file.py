@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from PIL import Image
 from stitchvm_ext import TweedieValue, guided_sample, sample_prompts
 from stitchvm_ext.rewards import RewardSum
 from stitchvm_ext.sampling import Prompt, read_prompts
+from tests.programs import run_program
 
-RUN = Path(__file__).with_name("prompt_run.py")
+run = functools.partial(run_program, Path(__file__).with_name("prompt_run.py"))
 OPTIONS = {"num_inference_steps": 2, "guidance_scale": 2.0, "max_sequence_length": 0, "progress": False}
 TEXTS = [f"{number} {colour} circles" for number in ("two", "three") for colour in ["red", "blue", "green", "black"]]
 
@@ -200,14 +200,6 @@ def test_bad_input_leaves_no_folder(pipe, tmp_path, changes, message):
 
 
 # -- processes and kills -----------------------------------------------------------------------------------------------
-
-
-def run(*arguments, processes=1, killed=False):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, str(RUN), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert (done.returncode != 0) == killed, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")

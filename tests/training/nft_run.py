@@ -10,20 +10,15 @@ by SIGKILL, at moments drawn from that seed; it prints what each kill left, and 
 from __future__ import annotations
 
 import argparse
-import os
-import random
-import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.append(str(Path(__file__).parents[2]))  # last: what is installed is tested
 
+from tests.programs import kill_repeatedly  # noqa: E402
 from tests.training.build import build, weights  # noqa: E402
-
-KILLS = 10
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,32 +33,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def run_killed(args: argparse.Namespace) -> None:
-    """Fork a child per attempt, so that everything is imported once; the child is a process like any other."""
-    from matplotlib.figure import Figure
-
-    Figure().savefig(os.devnull, format="png")
     build(args.folder.with_name("warm"), method=args.method, stitched=args.stitched)
-    draw = random.Random(args.kill_seed)
     newest = lambda: max((args.folder / "checkpoints").glob("iteration_*"), default=None)  # noqa: E731
-    for kill in range(KILLS):
-        child = os.fork()
-        if child == 0:
-            try:
-                run(args)
-            finally:
-                os._exit(0)
-        before = newest()
-        if kill > 1:  # the first ones may hit the preparations; the others training, from its first checkpoint on
-            while newest() == before:
-                if os.waitpid(child, os.WNOHANG)[0]:
-                    sys.exit("the run ended before it was killed")
-                time.sleep(0.002)
-        time.sleep(draw.uniform(0, 0.3))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        found = newest()
-        step = 0 if found is None else int(found.name.split("_")[1])
-        print(f"killed={os.waitstatus_to_exitcode(status) == -signal.SIGKILL} step={step}", flush=True)
+    step = lambda: 0 if newest() is None else int(newest().name.split("_")[1])  # noqa: E731
+    # The first ones may hit the preparations; the others training, from its first checkpoint on.
+    kill_repeatedly(lambda: run(args), newest, step, seed=args.kill_seed, early=2, longest=0.3)
 
 
 if __name__ == "__main__":

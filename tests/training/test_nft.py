@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
+import functools
 from pathlib import Path
 
 import pytest
@@ -15,9 +13,10 @@ from stitchvm_ext.training import CleanReward, NFTConfig
 from stitchvm_ext.training.lora import adapter_parameters
 from stitchvm_ext.training.rewards import scores_by_term
 from tests import tiny
+from tests.programs import run_program
 from tests.training.build import build, comparable, stitched_value, weights
 
-RUN = Path(__file__).parent / "nft_run.py"
+run = functools.partial(run_program, Path(__file__).parent / "nft_run.py")
 
 
 def assert_equal(found, expected):
@@ -175,15 +174,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, stitched):
     parts = build(tmp_path / "parts", stitched=stitched)
     assert comparable(parts.train(progress=False)) == comparable(rows)
     assert_equal(weights(parts), weights(whole))
-
-
-def run(*arguments, processes=1):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, str(RUN), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def load(path):

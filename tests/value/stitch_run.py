@@ -13,10 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import random
-import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -26,8 +23,8 @@ sys.path.append(str(Path(__file__).parents[2]))  # last: what is installed is te
 from stitchvm_ext import stitch  # noqa: E402
 from stitchvm_ext.value import FinetuneConfig, stitching  # noqa: E402
 from tests import tiny  # noqa: E402
+from tests.programs import kill_repeatedly  # noqa: E402
 
-KILLS = 10
 stitching.cache_targets = functools.partial(stitching.cache_targets, shard_size=8)  # for several of them
 
 
@@ -54,31 +51,11 @@ def step_of(state: Path | None) -> int:
 
 
 def run_killed(args: argparse.Namespace) -> None:
-    """Fork a child per attempt, so that everything is imported once; the child is a process like any other."""
-    from matplotlib.figure import Figure
-
-    Figure().savefig(os.devnull, format="png")
     tiny.tiny_pipeline(), tiny.tiny_reward(), tiny.tiny_reward(2)
-    draw = random.Random(args.kill_seed)
     state = lambda: next(iter(args.work_dir.glob("state_*.pt")), None)  # noqa: E731
     version = lambda: state().stat().st_mtime_ns if state() else None  # noqa: E731
-    for kill in range(KILLS):
-        child = os.fork()
-        if child == 0:
-            try:
-                run(args)
-            finally:
-                os._exit(0)
-        before = version()
-        if kill >= KILLS // 3:  # the first ones may hit search and cache; the others training, from its first state on
-            while version() == before:
-                if os.waitpid(child, os.WNOHANG)[0]:
-                    sys.exit("the run ended before it was killed")
-                time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.2))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        print(f"killed={os.waitstatus_to_exitcode(status) == -signal.SIGKILL} step={step_of(state())}", flush=True)
+    # The first ones may hit search and cache; the others training, from its first state on.
+    kill_repeatedly(lambda: run(args), version, lambda: step_of(state()), seed=args.kill_seed, early=3, longest=0.2)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """Stage 2 at scale: several values at once, accumulation, processes, mixed precision, prompts, kills."""
 
-import os
-import subprocess
-import sys
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +16,9 @@ from stitchvm_ext.value.finetune import prefix_tokens
 from stitchvm_ext.value.stitching import untrained_value
 from stitchvm_ext.value.targets import cache_targets
 from tests import tiny
+from tests.programs import run_program
 
-RUN = Path(__file__).parent / "stitch_run.py"
+run = functools.partial(run_program, Path(__file__).parent / "stitch_run.py")
 TEXT = {"max_sequence_length": 0}
 CONFIG = FinetuneConfig(epochs=2, batch_size=8, learning_rate=1e-4, warmup_steps=2)
 
@@ -236,15 +235,6 @@ def test_stitch_with_prompts_makes_a_prompt_conditioned_value(pipe, reward, imag
 
 
 # -- processes and kills -----------------------------------------------------------------------------------------------
-
-
-def run(*arguments, processes=1):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, str(RUN), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def load(path):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from stitchvm_ext.backbones import Condition, backbone_of, expand_rows
 from stitchvm_ext.value.batches import StepData, read_batch
 from stitchvm_ext.value.rollouts import cache_rollouts
 from stitchvm_ext.value.stitching import untrained_value
+from tests.programs import run_program
 from tests.tiny.flux import tiny_flux
 
 PROMPTS = ["a red circle", "two blue squares", "a ring", "a small green star", "three red rings"] * 2
@@ -160,12 +158,7 @@ from stitchvm_ext import cache_rollouts
 cache_rollouts(sys.argv[1], tiny.tiny_pipeline(), tiny.tiny_reward(), PROMPTS, **SETTINGS, shard_size=4, progress=False)
 """
     (tmp_path / "run.py").write_text(program)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launcher, str(tmp_path / "run.py"), str(tmp_path / "two")], capture_output=True, text=True, timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_program(tmp_path / "run.py", tmp_path / "two", processes=2)
     one = cache_rollouts(tmp_path / "one", pipe, reward, PROMPTS, **SETTINGS, shard_size=4, progress=False)
     two = cache_rollouts(tmp_path / "two", pipe, reward, PROMPTS, **SETTINGS, shard_size=4, progress=False)
     index = torch.arange(len(PROMPTS))
