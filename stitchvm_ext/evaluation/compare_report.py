@@ -61,10 +61,11 @@ class Comparison:
         partial = folder / "compare.json.partial"
         partial.write_text(json.dumps(document, indent=1))
         partial.replace(folder / "compare.json")
-        self._plot(folder / "compare.png")
+        self.plot(folder / "compare.png")
         self._grid(folder / "grid.png")
 
-    def _plot(self, path: Path) -> None:
+    def plot(self, path: Path) -> None:
+        """A PNG of every figure against denoiser evaluations per image, a panel each."""
         from matplotlib.figure import Figure
 
         measures = list(next(iter(self.figures.values()))["means"])
