@@ -153,9 +153,14 @@ def test_folders_of_other_settings_are_refused(pipe, stitched, reward, tmp_path)
         run()
     with torch.no_grad():
         next(stitched.stitch.parameters()).sub_(1e-3)
-        next(pipe.transformer.parameters()).add_(1e-3)
-    with pytest.raises(ValueError, match="pipe.denoiser.weights: expected|value.weights"):
-        run()
+    weight = next(pipe.transformer.parameters())
+    before_change = weight.clone()
+    try:
+        weight.data.add_(1e-3)
+        with pytest.raises(ValueError, match="pipe.denoiser.weights: expected|value.weights"):
+            run()
+    finally:
+        weight.data.copy_(before_change)  # the pipeline is every test's
     assert digests(out) == before and len(rows) == 2
     (out / "settings.json").unlink()
     with pytest.raises(ValueError, match="whose samples have no settings.json"):
