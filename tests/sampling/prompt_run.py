@@ -115,10 +115,10 @@ def kill_in_row(number: int) -> None:
     FOLDER.rows_of_process = lambda folder, process: Torn(original(folder, process))
 
 
-def wait_for_batch(out: Path) -> None:
-    """Until the last line of the log is a batch's."""
-    while not Path(f"{out}.log").read_text().splitlines()[-1].startswith("drawn"):
-        time.sleep(0.002)
+def batches(out: Path) -> int:
+    """How many batches were begun since the last kill."""
+    lines = Path(f"{out}.log").read_text().splitlines()
+    return next((count for count, line in enumerate(reversed(lines)) if line.startswith("killed")), len(lines))
 
 
 def run_killed(args: argparse.Namespace, pipe, value) -> None:
@@ -145,8 +145,11 @@ def run_killed(args: argparse.Namespace, pipe, value) -> None:
             finally:
                 os._exit(0)
         if prepare is None:
-            wait_for_batch(args.out)
-            time.sleep(draw.uniform(0, 0.1))
+            while not batches(args.out):
+                time.sleep(0.002)
+            seen, deadline = batches(args.out), time.monotonic() + draw.uniform(0, 0.1)
+            while batches(args.out) == seen and time.monotonic() < deadline:  # at most one more: a fast machine's too
+                time.sleep(0.002)
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, "the run ended before it was killed"

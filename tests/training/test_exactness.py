@@ -52,7 +52,7 @@ def test_two_processes_equal_one_with_accumulation(tmp_path, method, stitched):
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "stitched"), [("draft", False), ("dpo", True)])
 def test_ten_kills_end_with_the_weights_of_an_uninterrupted_run(tmp_path, method, stitched):
-    options = ["--iterations", 12, "--method", method, *(["--stitched"] if stitched else [])]
+    options = ["--iterations", 20, "--method", method, *(["--stitched"] if stitched else [])]
     run(tmp_path / "whole", tmp_path / "whole.pt", *options)
     killed = run(tmp_path / "work", tmp_path / "never.pt", *options, "--kill-seed", 0).splitlines()
     assert len(killed) == 10 and all(line.startswith("killed=True") for line in killed), killed
