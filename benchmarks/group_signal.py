@@ -1,0 +1,71 @@
+"""What can a value tell apart among samples of one prompt? Deterministic rollouts, each valued after every step.
+
+    python benchmarks/group_signal.py
+
+DiffusionNFT and DPO compare samples of a prompt with each other, so that is the part of a value that trains them. Per
+step the correlation, within prompts, of the stitched and of Tweedie's value with the clean reward that the sample ends
+with; writes results/group_signal.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+
+import torch
+
+from stitchvm_ext import StitchedValue, TweedieValue
+from stitchvm_ext.backbones import backbone_of
+from stitchvm_ext.bench.harness import save
+from stitchvm_ext.playground import load_pipeline, load_reward, load_value
+from stitchvm_ext.playground.experiments import held_out_prompts
+from stitchvm_ext.sampling import get_transition, pipeline_sigmas
+from stitchvm_ext.sampling.encoding import encode_condition
+from stitchvm_ext.training import CleanReward
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--group-size", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--values", type=Path, nargs="*", default=[], help="folders of other stitched values")
+    args = parser.parse_args()
+
+    pipe, reward = load_pipeline(), load_reward("clip")
+    estimators = {"stitched": load_value(pipe), "Tweedie": TweedieValue(pipe, reward)}
+    estimators |= {folder.name: StitchedValue.from_pretrained(folder, pipe) for folder in args.values}
+    backbone, step = backbone_of(pipe), get_transition("ode")
+    sigmas = pipeline_sigmas(pipe, backbone, args.steps, (16, 16)).tolist()
+    values = {name: torch.empty(args.steps, args.prompts, args.group_size) for name in estimators}
+    final = torch.empty(args.prompts, args.group_size)
+    for number, prompt in enumerate(held_out_prompts(args.prompts)):
+        prompts = [prompt] * args.group_size
+        text = estimators["stitched"].text_options
+        condition = encode_condition(pipe, backbone, prompts, [""] * len(prompts), 1.0, text)
+        latents = torch.randn(args.group_size, 4, 16, 16, generator=torch.Generator().manual_seed(number))
+        for k, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
+            latents = step(latents, backbone.guided_velocity(latents, sigma, condition).float(), sigma, after, None)
+            for name, value in estimators.items():
+                values[name][k, number] = value.value(latents, after, condition)
+        final[number] = CleanReward(pipe, reward).value(latents, 0.0, condition)
+    rows = []
+    for k, sigma in enumerate(sigmas[1:]):
+        rows.append({"step": k + 1, "sigma": sigma} | {n: within(v[k], final) for n, v in values.items()})
+        print(f"step {k + 1:2d}, sigma {sigma:.3f}: " + ", ".join(f"{n} {rows[-1][n]:+.2f}" for n in values), flush=True)
+    settings = {"prompts": args.prompts, "group_size": args.group_size, "steps": args.steps}
+    print(f"wrote {save('group_signal', settings | {'within': within(final, final, scale=True), 'rows': rows})}")
+
+
+def within(values: torch.Tensor, final: torch.Tensor, scale: bool = False) -> float:
+    """Correlation of deviations from the prompt's mean, [P, G] each; with ``scale`` their standard deviation."""
+    a, b = (t - t.mean(1, keepdim=True) for t in (values, final))
+    if scale:
+        return a.square().mean().sqrt().item()
+    return torch.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+
+
+if __name__ == "__main__":
+    main()
