@@ -72,7 +72,7 @@ class Backbone:
             raise ValueError(f"device: expected cpu, as PyTorch finds no GPU, got {self.device!r}")
         return device
 
-    def load(self):
+    def load(self, text_encoders_on_host: bool = False):
         """The pipeline, frozen, on its device. Raises OSError where it cannot be loaded."""
         import torch
         from diffusers import DiffusionPipeline
@@ -98,9 +98,11 @@ class Backbone:
                 raise OSError(
                     f"backbone: {self.backbone} cannot be loaded as a diffusers pipeline: {message}"
                 ) from error
-        pipe.to(device)
+        denoiser = backbone_of(pipe).denoiser
+        for part in (denoiser, pipe.vae) if text_encoders_on_host else (pipe,):
+            part.to(device)
         pipe.set_progress_bar_config(disable=True)
-        backbone_of(pipe).denoiser.eval().requires_grad_(False)
+        denoiser.eval().requires_grad_(False)
         pipe.vae.eval().requires_grad_(False)
         return pipe
 
@@ -119,8 +121,8 @@ class Reward:
     reward_path: str | None = None
     reward_options: tuple[str, ...] = ()
 
-    def load(self, device):
-        """The reward, frozen, in float32 on a device; None where no kind was named."""
+    def load(self, device, dtype=None):
+        """The reward, frozen, on a device, in float32 or another dtype; None where no kind was named."""
         from ..rewards import load_reward
 
         if self.reward is None:
@@ -132,7 +134,8 @@ class Reward:
             if not found:
                 raise ValueError(f"reward_options: expected NAME=VALUE, got {option!r}")
             options[name] = int(value) if value.isdecimal() else value
-        return load_reward(self.reward, self.reward_path, **options).to(device).eval().requires_grad_(False)
+        reward = load_reward(self.reward, self.reward_path, **options).to(device, dtype)
+        return reward.eval().requires_grad_(False)
 
 
 def parse_reward(text: str) -> Reward:
