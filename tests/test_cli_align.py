@@ -109,6 +109,8 @@ def test_user_errors_are_one_line(monkeypatch, tmp_path, prompts):
     assert "prompts: expected at least 2 different ones" in message
     message = error_of(monkeypatch, *common, prompts, "--reward", "playground", *settings("nft", stop_window=(2, 3)))
     assert "stop_window: expected None with a clean reward" in message
+    message = error_of(monkeypatch, *common, prompts, "--reward", "playground", *nft, "--trackers", "abacus")
+    assert "trackers: expected a list of names among ['aim'" in message
     arguments = ("--backbone", "playground", "--out", tmp_path / "run", "--prompts", prompts, *nft)
     message = error_of(monkeypatch, "align", *arguments, "--reward", "playground", "--held-out", "abacus")
     assert "abacus" in message

@@ -21,7 +21,7 @@ def main() -> None:
                 description="Stitched value models: make one, measure it, sample with it.",
                 config=(tyro.conf.OmitSubcommandPrefixes,),
             )
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"stitchvm: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         sys.exit(130)

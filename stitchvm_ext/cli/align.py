@@ -80,6 +80,7 @@ def align(
     out: Path,
     value: tuple[str, ...] = (),
     eval_prompts: Path | None = None,
+    trackers: tuple[str, ...] | None = None,
 ) -> None:
     """Train a LoRA of the generator to raise a stitched value, or the clean reward, on prompts.
 
@@ -96,14 +97,18 @@ def align(
             embedded one. Without one, --reward is trained on, which decodes every sample.
         eval_prompts: text file of held-out prompts, each drawn in every evaluation; by default the last eighth of
             PROMPTS, at most 16, which then are not trained on.
+        trackers: accelerate's, which get the log as well: tensorboard, wandb, mlflow and others, by default tensorboard
+            where it is installed; without a name behind it none.
     """
     import torch
 
     from ..training import CleanReward, PromptDataset
+    from ..training.trackers import choose_trackers
 
     if bool(value) == (reward.reward is not None):
         raise ValueError("value: expected either --value FOLDER ... or --reward KIND")
     config = alignment.config()
+    choose_trackers(trackers)
     texts = PromptDataset(prompts).texts
     texts, held_out_texts = _split(texts) if eval_prompts is None else (texts, PromptDataset(eval_prompts).texts)
     hide_loading_bars()
@@ -120,6 +125,7 @@ def align(
         output_dir=out,
         held_out=judges,
         eval_prompts=held_out_texts,
+        trackers=trackers,
     )
     rows = trainer.train()
     if not trainer.state.is_main_process:

@@ -8,12 +8,14 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.tracking import GeneralTracker
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,6 +40,7 @@ from .lora import MergedView, adapter_parameters, add_adapters, base_view, drift
 from .prompts import PromptDataset
 from .rewards import on_backbone, rewards_in
 from .rollout import roll_out
+from .trackers import choose_trackers
 
 GRID = 16  # pictures of an evaluation that are kept
 EVALUATION = 2**31  # first number of the keys of an evaluation's noise, which no iteration has
@@ -63,6 +66,9 @@ class Trainer(ABC):
         held_out: clean rewards by name that are not trained on, and so show whether the trained one is being tricked;
             measured at every evaluation.
         eval_prompts: held-out prompts, one picture each.
+        trackers: names of accelerate's, such as "tensorboard" and "wandb", or instances of its ``GeneralTracker`` that
+            are set up as you like; by default TensorBoard's where it is installed. They get the numbers of
+            ``metrics.jsonl`` and the evaluations' pictures, from the main process.
 
     Attributes:
         policy: the backbone with the trained adapter, differentiable in its parameters.
@@ -85,8 +91,10 @@ class Trainer(ABC):
         output_dir: str | Path,
         held_out: Mapping[str, RewardModel | RewardSum],
         eval_prompts: Sequence[str],
+        trackers: Sequence[str | GeneralTracker] | None = None,
     ):
         self.pipe, self.config, self.folder = pipe, config, Path(output_dir)
+        self.trackers = choose_trackers(trackers)
         self.prompts = prompts if isinstance(prompts, PromptDataset) else PromptDataset(prompts, seed=config.seed)
         self.eval_prompts, self.held_out = as_prompts("eval_prompts", eval_prompts), dict(held_out)
         if not self.held_out:
@@ -147,8 +155,15 @@ class Trainer(ABC):
         """
         stop = min(self.config.iterations, stop_at or self.config.iterations)
         main = self.state.is_main_process
-        log = RunLog(self.folder, self.iteration or -1) if main else None
-        bar = tqdm(total=stop, initial=self.iteration, desc=type(self).__name__, disable=not (progress and main))
+        with closing(self._open_log()) if main else nullcontext() as log:
+            self._run(stop, log, progress and main)
+        if self.iteration == self.config.iterations and main:
+            self.export(self.folder)
+        self.state.wait_for_everyone()
+        return read_metrics(self.folder / "metrics.jsonl")
+
+    def _run(self, stop: int, log: RunLog | None, progress: bool) -> None:
+        bar = tqdm(total=stop, initial=self.iteration, desc=type(self).__name__, disable=not progress)
         if self.iteration == 0:
             self._log(log, {"iteration": 0, **self.evaluate()})
         while self.iteration < stop:
@@ -168,12 +183,6 @@ class Trainer(ABC):
             bar.set_postfix({name: f"{row[name]:.4g}" for name in ("reward/mean", "loss") if name in row})
             bar.update()
         bar.close()
-        if log is not None:
-            log.close()
-        if self.iteration == self.config.iterations and main:
-            self.export(self.folder)
-        self.state.wait_for_everyone()
-        return read_metrics(self.folder / "metrics.jsonl")
 
     @contextmanager
     def _seeded(self, iteration: int) -> Iterator[None]:
@@ -183,10 +192,15 @@ class Trainer(ABC):
             torch.manual_seed(int(np.random.SeedSequence((self.config.seed, iteration)).generate_state(1)[0]))
             yield
 
+    def _open_log(self) -> RunLog:
+        settings = {"trainer": type(self).__name__, "value": type(self.value).__name__, **asdict(self.config)}
+        return RunLog(self.folder, self.iteration or -1, self.trackers, settings)
+
     def _log(self, log: RunLog | None, row: dict[str, float]) -> None:
         if log is not None:
-            log.write(row)
-            if any(name.startswith("held_out/") for name in row):
+            evaluated = any(name.startswith("held_out/") for name in row)
+            log.write(row, self._grid_path() if evaluated else None)
+            if evaluated:
                 plot_curves(read_metrics(log.path), self.folder / "curves.png")
 
     # -- samples -------------------------------------------------------------------------------------------------------
@@ -297,8 +311,11 @@ class Trainer(ABC):
         means = {f"held_out/{name}": float(np.mean([row[name] for row in scores])) for name in self.held_out}
         check_finite(self.iteration, **means)
         if self.state.is_main_process:
-            save_grid(torch.stack(kept), self.folder / "samples" / f"iteration_{self.iteration:06d}.png")
+            save_grid(torch.stack(kept), self._grid_path())
         return means
+
+    def _grid_path(self) -> Path:
+        return self.folder / "samples" / f"iteration_{self.iteration:06d}.png"
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
