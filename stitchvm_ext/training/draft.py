@@ -130,6 +130,8 @@ class DraftTrainer(Trainer):
 
         latents, distance = differentiable_steps(velocity, reference if config.kl_weight else None, latents, levels)
         reward, terms = scores_by_term(self.value, latents, levels[-1], condition)
+        if not reward.requires_grad:
+            raise ValueError(f"value: expected one with a gradient, got {type(self.value).__name__} without")
         return {
             "latents": latents.flatten(1).sum(1),
             **{f"reward/{name}": scores for name, scores in terms.items()},

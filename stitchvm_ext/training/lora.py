@@ -176,12 +176,16 @@ def _view(module: nn.Module, replace: Callable[[nn.Module], nn.Module]) -> nn.Mo
 def export_weights(pipe, folder, adapter: str = "default") -> None:
     """Write ``pytorch_lora_weights.safetensors``, which ``pipe.load_lora_weights(folder)`` of a stock pipeline loads.
 
-    The adapter's rank, scale and targets are in the file's metadata.
+    The adapter's rank, scale and targets are in the file's metadata. Raises OSError where it cannot be written.
     """
     from peft.utils import get_peft_model_state_dict
+    from safetensors import SafetensorError
 
     name = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
     denoiser = getattr(pipe, name)
     weights: dict[str, Tensor] = get_peft_model_state_dict(denoiser, adapter_name=adapter)
     metadata = {f"{name}_lora_adapter_metadata": denoiser.peft_config[adapter].to_dict()}
-    pipe.save_lora_weights(folder, **{f"{name}_lora_layers": weights}, **metadata)
+    try:
+        pipe.save_lora_weights(folder, **{f"{name}_lora_layers": weights}, **metadata)
+    except SafetensorError as error:  # of a full disk, and no OSError
+        raise OSError(f"LoRA: its weights could not be written into {folder} ({error})") from error
