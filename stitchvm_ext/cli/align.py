@@ -113,13 +113,15 @@ def align(
     texts, held_out_texts = _split(texts) if eval_prompts is None else (texts, PromptDataset(eval_prompts).texts)
     hide_loading_bars()
     device = backbone.torch_device
-    pipe = backbone.load(text_encoders_on_host=config.offload_text_encoders)
+    on_host = ("text_encoder",) if config.offload_text_encoders else ()
+    on_host += ("transformer", "unet") if config.shard_frozen_weights else ()
+    pipe = backbone.load(on_host)
     dtype = pipe.dtype if alignment.preset else torch.float32
     judges = {name: parse_reward(name).load(device, dtype) for name in held_out}
     scorer = reward.load(device, dtype)
     trainer = TRAINERS[alignment.method](
         pipe,
-        CleanReward(pipe, scorer) if scorer is not None else _load_values(value, pipe, dtype),
+        CleanReward(pipe, scorer) if scorer is not None else _load_values(value, pipe, dtype, device),
         texts,
         config,
         output_dir=out,
@@ -146,7 +148,7 @@ def _split(texts: list[str]) -> tuple[list[str], list[str]]:
     return trained, kept
 
 
-def _load_values(names: tuple[str, ...], pipe, dtype):
+def _load_values(names: tuple[str, ...], pipe, dtype, device):
     from .. import playground
     from ..value import StitchedValue, ValueSum
 
@@ -154,4 +156,5 @@ def _load_values(names: tuple[str, ...], pipe, dtype):
         playground.load_value(pipe) if name == "playground" else StitchedValue.from_pretrained(name, pipe, dtype)
         for name in names
     ]
+    values = [value.to(device) for value in values]  # a denoiser that is to be split is on the host meanwhile
     return values[0] if len(values) == 1 else ValueSum([(value, 1.0) for value in values])

@@ -72,8 +72,11 @@ class Backbone:
             raise ValueError(f"device: expected cpu, as PyTorch finds no GPU, got {self.device!r}")
         return device
 
-    def load(self, text_encoders_on_host: bool = False):
-        """The pipeline, frozen, on its device. Raises OSError where it cannot be loaded."""
+    def load(self, on_host: tuple[str, ...] = ()):
+        """The pipeline, frozen, on its device, except for components whose names begin as in ``on_host``.
+
+        Raises OSError where it cannot be loaded.
+        """
         import torch
         from diffusers import DiffusionPipeline
 
@@ -98,11 +101,12 @@ class Backbone:
                 raise OSError(
                     f"backbone: {self.backbone} cannot be loaded as a diffusers pipeline: {message}"
                 ) from error
-        denoiser = backbone_of(pipe).denoiser
-        for part in (denoiser, pipe.vae) if text_encoders_on_host else (pipe,):
-            part.to(device)
+        moved = [part for name, part in pipe.components.items() if not name.startswith(on_host)] if on_host else [pipe]
+        for part in moved:
+            if hasattr(part, "to"):
+                part.to(device)
         pipe.set_progress_bar_config(disable=True)
-        denoiser.eval().requires_grad_(False)
+        backbone_of(pipe).denoiser.eval().requires_grad_(False)
         pipe.vae.eval().requires_grad_(False)
         return pipe
 

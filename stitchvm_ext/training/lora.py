@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.truncate import shell_of
+from .sharding import whole
 
 _SELF = r"(to_q|to_k|to_v|to_out\.0)"
 _JOINT = r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -115,7 +116,7 @@ def drift(denoiser: nn.Module, adapter: str = "default") -> float:
         a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
         # |B A|² = trace(B'B A A'), two matrices of the rank's size
         square = ((b.mT @ b) * (a @ a.mT)).sum() * layer.scaling[adapter] ** 2
-        ratios.append(square / layer.get_base_layer().weight.float().square().sum())
+        ratios.append(square / whole(layer.get_base_layer().weight).float().square().sum())
     return math.sqrt(torch.stack(ratios).mean().item())
 
 
@@ -153,7 +154,7 @@ class MergedView:
     def set_to(self, adapter: str) -> None:
         """Merge this adapter's present weights. The same weights give the same sums, bit for bit."""
         for layer, merged in self.layers:
-            base = layer.get_base_layer().weight
+            base = whole(layer.get_base_layer().weight)
             merged.weight.copy_(base.float() + layer.get_delta_weight(adapter).float())
 
 

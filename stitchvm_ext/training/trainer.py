@@ -40,6 +40,7 @@ from .lora import MergedView, adapter_parameters, add_adapters, base_view, drift
 from .prompts import PromptDataset
 from .rewards import on_backbone, rewards_in
 from .rollout import roll_out
+from .sharding import shard_blocks
 from .trackers import choose_trackers
 
 GRID = 16  # pictures of an evaluation that are kept
@@ -108,7 +109,8 @@ class Trainer(ABC):
         check_value(value, pipe, self.policy, (1, *self.latent_shape))
         self.text_options = text_options_of(self.policy, value, config.max_sequence_length)
         self.sigmas = pipeline_sigmas(pipe, self.policy, config.num_inference_steps, size)
-        self.state = processes(self.policy.device)
+        device = pipe.vae.device if config.shard_frozen_weights else self.policy.device
+        self.state = processes(device)
         run = config.identity() | {"prompts": self.prompts.digest, "value": type(value).__name__, "size": list(size)}
         weights = json.dumps(fingerprint(self.policy, self.policy.depth))
         self.run = run | {"backbone": hashlib.sha256(weights.encode()).hexdigest()}
@@ -117,11 +119,16 @@ class Trainer(ABC):
         add_adapters(denoiser, self.adapters, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
         pipe.vae.requires_grad_(False)
         if config.offload_text_encoders:
-            offload_text_encoders(pipe, self.policy.device)
+            offload_text_encoders(pipe, device)
         self.parameters = adapter_parameters(denoiser)
         self.base = self.policy.on(base_view(denoiser))
         self._merged = MergedView(denoiser)
         self._merged_backbone = self.policy.on(self._merged.denoiser)
+        self.sharded = config.shard_frozen_weights and self.state.num_processes > 1
+        if self.sharded:
+            shard_blocks(denoiser, self.policy.blocks, device, self.state.num_processes)
+        if config.shard_frozen_weights:
+            denoiser.to(device), self._merged.denoiser.to(device)
         if config.gradient_checkpointing:  # of the policy alone: the views' blocks may run fused, a second time not
             denoiser.enable_gradient_checkpointing()
         self.value = on_backbone(value, self.policy, self.base)
@@ -229,6 +236,17 @@ class Trainer(ABC):
         """Which of an iteration's rows this process makes."""
         return share_of(self.state, count)
 
+    def batches(self, rows: Sequence[Any], size: int, spare: Any = None) -> Iterator[tuple[list[Any], bool]]:
+        """Rows in parts of ``size``, and whether a part counts.
+
+        Where weights are split over the processes, all have to make as many passes. So the last part comes again, or
+        ``spare`` where this process has no row, and does not count.
+        """
+        parts = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+        most = max(self.gather([len(parts)])) if self.sharded else len(parts)
+        for number in range(most):
+            yield (parts[number], True) if number < len(parts) else ((parts or [[spare]])[-1], False)
+
     def gather(self, rows: list[Any]) -> list[Any]:
         """One object per row of :meth:`share` -> those of all rows, in order, in all processes."""
         return gather_rows(self.state, rows)
@@ -299,10 +317,12 @@ class Trainer(ABC):
         rows = self.share(len(self.eval_prompts))
         sigmas = pipeline_sigmas(self.pipe, self.policy, self.config.eval_steps, self.latent_shape[-2:])
         scores, kept = [], []
-        for part in in_batches(rows, self.config.rollout_batch_size):
+        for part, counts in self.batches(rows, self.config.rollout_batch_size, spare=0):
             prompts = tuple(self.eval_prompts[row] for row in part)
             generators = self.generators(EVALUATION, part)
             latents, _ = roll_out(backbone, self.encode(prompts), sigmas, generators, self.latent_shape)
+            if not counts:
+                continue
             images = self.policy.decode_latents(self.pipe.vae, latents).clamp(0, 1)
             found = {name: score_images(reward, images, prompts).tolist() for name, reward in self.held_out.items()}
             scores += [dict(zip(found, numbers, strict=True)) for numbers in zip(*found.values(), strict=True)]
@@ -369,9 +389,3 @@ class Trainer(ABC):
         self.ema.load_state_dict(state["ema"])
         self.iteration, self.position = state["iteration"], state["position"]
         self.optimizer_steps = state["optimizer_steps"]
-
-
-def in_batches(rows: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Rows in parts of ``size``."""
-    for start in range(0, len(rows), size):
-        yield list(rows[start : start + size])
