@@ -28,7 +28,7 @@ def test_split_weights_change_nothing(tmp_path, options):
     for found, expected in zip(comparable(split["rows"]), comparable(whole["rows"]), strict=True):
         for row in (found, expected):
             row.pop("accuracy", None)  # of DPO before the first step: how often a margin of 0 is rounded upwards
-        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert split["weights"].keys() == whole["weights"].keys()
     for name, tensor in whole["weights"].items():
         torch.testing.assert_close(split["weights"][name], tensor, rtol=1e-3, atol=1e-4)
