@@ -106,6 +106,8 @@ class DraftTrainer(Trainer):
         scored: list[dict[str, float]] = []
         for part, counts in self.batches(range(len(rows)), config.train_batch_size):
             columns = self.losses(samples, part)
+            if not columns["reward/mean"].requires_grad:
+                raise ValueError(f"value: expected one with a gradient, got {type(self.value).__name__} without")
             (counts * columns["loss"].sum() / config.prompts_per_iteration).backward()
             scored += table(columns) if counts else []
         columns = gather_table(self, scored)
@@ -130,8 +132,6 @@ class DraftTrainer(Trainer):
 
         latents, distance = differentiable_steps(velocity, reference if config.kl_weight else None, latents, levels)
         reward, terms = scores_by_term(self.value, latents, levels[-1], condition)
-        if not reward.requires_grad:
-            raise ValueError(f"value: expected one with a gradient, got {type(self.value).__name__} without")
         return {
             "latents": latents.flatten(1).sum(1),
             **{f"reward/{name}": scores for name, scores in terms.items()},

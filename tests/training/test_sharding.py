@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-
 import pytest
-import torch
 
-from tests.programs import run_program
 from tests.training.build import build, comparable
-
-run = functools.partial(run_program, Path(__file__).parent / "nft_run.py")
+from tests.training.test_exactness import logs_close
+from tests.training.test_nft import assert_close, load, run
 
 
 @pytest.mark.slow
@@ -23,15 +18,10 @@ def test_split_weights_change_nothing(tmp_path, options):
     options = ["--method", *options, "--prompts", 3, "--rollout-batch", 1, "--train-batch", 4, "--iterations", 2]
     run(tmp_path / "whole", tmp_path / "whole.pt", *options)
     run(tmp_path / "split", tmp_path / "split.pt", *options, "--shard", processes=2)
-    whole, split = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "split"))
+    whole, split = load(tmp_path / "whole.pt"), load(tmp_path / "split.pt")
     assert whole["held"] == 1 and split["held"] == pytest.approx(0.5, abs=0.01)
-    for found, expected in zip(comparable(split["rows"]), comparable(whole["rows"]), strict=True):
-        for row in (found, expected):
-            row.pop("accuracy", None)  # of DPO before the first step: how often a margin of 0 is rounded upwards
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    assert split["weights"].keys() == whole["weights"].keys()
-    for name, tensor in whole["weights"].items():
-        torch.testing.assert_close(split["weights"][name], tensor, rtol=1e-3, atol=1e-4)
+    logs_close(split["rows"], whole["rows"])
+    assert_close(split["weights"], whole["weights"], rtol=1e-3, atol=1e-4)
 
 
 def test_processes_wait_for_the_one_with_the_most_passes(tmp_path, monkeypatch):
