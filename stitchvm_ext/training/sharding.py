@@ -6,9 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 
 def shard_blocks(denoiser: nn.Module, blocks: Sequence[nn.Module], device: torch.device, processes: int) -> None:
@@ -18,6 +15,9 @@ def shard_blocks(denoiser: nn.Module, blocks: Sequence[nn.Module], device: torch
     Views of the denoiser that were made before share its modules' hooks and parameters, and so run split as well; none
     can be made afterwards.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (processes,))
     adapters = {p for name, p in denoiser.named_parameters() if ".lora_" in name}
     for block in blocks:
@@ -25,9 +25,9 @@ def shard_blocks(denoiser: nn.Module, blocks: Sequence[nn.Module], device: torch
 
 
 def is_sharded(module: nn.Module) -> bool:
-    return any(isinstance(p, DTensor) for p in module.parameters())
+    return any(hasattr(p, "full_tensor") for p in module.parameters())  # a DTensor, whose import takes a second
 
 
 def whole(weight: Tensor) -> Tensor:
     """A parameter that may be split, put together; all processes ask for it at the same time."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
