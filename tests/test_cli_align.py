@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from stitchvm_ext.playground import load_pipeline
+from stitchvm_ext.training import NFTConfig, NFTTrainer
 from tests.test_cli import error_of, run
 
 PROMPTS = ["a red circle", "two blue squares", "a ring", "a small green ring", "three red rings", "a blue circle"]
@@ -51,6 +52,37 @@ def test_align(monkeypatch, capsys, tmp_path, prompts, method, stitched):
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_preset_gives_what_the_command_line_does_not(monkeypatch, tmp_path, prompts, dtype):
+    """A batch of 16 is the setting's own default and not the preset's: given, it comes before the preset's."""
+    built = []
+    monkeypatch.setattr(NFTTrainer, "train", lambda trainer: built.append(trainer) or [])
+    size = {"height": 64, "width": 64, "mixed_precision": "no", "rollout_batch_size": 16}
+    command = ("align", *COMMON, "--value", "playground", "--dtype", dtype, "--prompts", prompts)
+    run(
+        monkeypatch, *command, "--out", tmp_path / "run", *settings("nft", stop_window=(2, 3), **size), "--preset",
+        "12gb",
+    )  # fmt: skip
+    config, preset = built[0].config, NFTConfig.for_12_gb()
+    assert (config.rollout_batch_size, config.train_batch_size) == (16, preset.train_batch_size) != (16, 8)
+    assert config.gradient_checkpointing and config.offload_text_encoders and config.mixed_precision == "no"
+    assert (config.height, config.width, config.lora_rank) == (64, 64, 2)
+    assert {str(reward.dtype) for reward in built[0].held_out.values()} == {f"torch.{dtype}"}
+    assert {str(p.dtype) for p in built[0].value.stitch.parameters()} == {"torch.float32"}  # the embedded one's
+
+
+def test_a_preset_is_one_of_the_known_ones(monkeypatch, capsys, tmp_path, prompts):
+    command = ("align", *COMMON, "--reward", "playground", "--prompts", prompts, "--out", tmp_path / "run")
+    for words in (("--preset", "8gb"), ("--preset=8gb",)):
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, *command, *settings("nft"), *words)
+        assert stop.value.code not in (0, None)
+        printed = "".join(capsys.readouterr())
+        assert "--preset" in printed and "12gb" in printed
+    other = settings("nft") + ["--preset", "12gb", "--draft.rollout-batch-size", "16"]
+    assert "draft: expected no settings of it with --method nft" in error_of(monkeypatch, *command, *other)
+
+
 def _lora(out):
     return out / "pytorch_lora_weights.safetensors"
 
@@ -77,6 +109,8 @@ def test_user_errors_are_one_line(monkeypatch, tmp_path, prompts):
     assert "prompts: expected at least 2 different ones" in message
     message = error_of(monkeypatch, *common, prompts, "--reward", "playground", *settings("nft", stop_window=(2, 3)))
     assert "stop_window: expected None with a clean reward" in message
+    message = error_of(monkeypatch, *common, prompts, "--reward", "playground", *nft, "--trackers", "abacus")
+    assert "trackers: expected a list of names among ['aim'" in message
     arguments = ("--backbone", "playground", "--out", tmp_path / "run", "--prompts", prompts, *nft)
     message = error_of(monkeypatch, "align", *arguments, "--reward", "playground", "--held-out", "abacus")
     assert "abacus" in message

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +15,9 @@ from ..training import DPOConfig, DPOTrainer, DraftConfig, DraftTrainer, NFTConf
 from .options import BackboneOptions, OptionalRewardOptions, hide_loading_bars, parse_reward
 
 TRAINERS = {"nft": NFTTrainer, "draft": DraftTrainer, "dpo": DPOTrainer}
+PRESETS = {"12gb": lambda settings: settings.for_12_gb()}
 MethodName = Literal[tuple(TRAINERS)]
+PresetName = Literal[tuple(PRESETS)]
 EVAL_SHARE, EVAL_PROMPTS = 8, 16  # by default a prompt in eight, at most so many, is kept for evaluation
 
 
@@ -26,22 +31,44 @@ class Alignment:
         nft: settings of nft.
         draft: settings of draft.
         dpo: settings of dpo.
+        preset: "12gb" for SD 3.5 Medium at 512 pixels on a card of 12 GB, as predicted and not yet tried on one:
+            settings that others on the command line come before, text encoders that stay on the host, and values and
+            rewards in the pipeline's precision.
     """
 
     method: MethodName
     nft: NFTConfig = NFTConfig()
     draft: DraftConfig = DraftConfig()
     dpo: DPOConfig = DPOConfig()
+    preset: PresetName | None = None
+
+    @classmethod
+    def of(cls, preset: PresetName | None) -> Alignment:
+        """All methods' settings before any were given on the command line."""
+        settings_of = {group.name: type(group.default) for group in fields(cls) if group.name in TRAINERS}
+        start = PRESETS[preset] if preset else lambda settings: settings()
+        return cls(tyro.MISSING, **{name: start(settings) for name, settings in settings_of.items()}, preset=preset)
 
     def config(self) -> TrainingConfig:
         """The chosen method's. Raises ValueError where another's were given."""
-        for group in fields(self)[1:]:
-            if group.name != self.method and getattr(self, group.name) != group.default:
-                raise ValueError(f"{group.name}: expected no settings of it with --method {self.method}")
+        start = self.of(self.preset)
+        for name in TRAINERS:
+            if name != self.method and getattr(self, name) != getattr(start, name):
+                raise ValueError(f"{name}: expected no settings of it with --method {self.method}")
         return getattr(self, self.method)
 
 
 AlignmentOptions = Annotated[Alignment, tyro.conf.arg(name="")]
+
+
+def with_preset(command: Callable, arguments: Sequence[str]) -> Callable:
+    """The command with the settings of the ``--preset`` among the arguments as its defaults, which every setting that
+    is given comes before. Without one, or with one that tyro will refuse, the command itself.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?")
+    preset = parser.parse_known_args(arguments)[0].preset
+    return functools.partial(command, alignment=Alignment.of(preset)) if preset in PRESETS else command
 
 
 def align(
@@ -53,6 +80,7 @@ def align(
     out: Path,
     value: tuple[str, ...] = (),
     eval_prompts: Path | None = None,
+    trackers: tuple[str, ...] | None = None,
 ) -> None:
     """Train a LoRA of the generator to raise a stitched value, or the clean reward, on prompts.
 
@@ -69,26 +97,37 @@ def align(
             embedded one. Without one, --reward is trained on, which decodes every sample.
         eval_prompts: text file of held-out prompts, each drawn in every evaluation; by default the last eighth of
             PROMPTS, at most 16, which then are not trained on.
+        trackers: accelerate's, which get the log as well: tensorboard, wandb, mlflow and others, by default tensorboard
+            where it is installed; without a name behind it none.
     """
+    import torch
+
     from ..training import CleanReward, PromptDataset
+    from ..training.trackers import choose_trackers
 
     if bool(value) == (reward.reward is not None):
         raise ValueError("value: expected either --value FOLDER ... or --reward KIND")
     config = alignment.config()
+    choose_trackers(trackers)
     texts = PromptDataset(prompts).texts
     texts, held_out_texts = _split(texts) if eval_prompts is None else (texts, PromptDataset(eval_prompts).texts)
     hide_loading_bars()
     device = backbone.torch_device
-    judges = {name: parse_reward(name).load(device) for name in held_out}
-    scorer, pipe = reward.load(device), backbone.load()
+    on_host = ("text_encoder",) if config.offload_text_encoders else ()
+    on_host += ("transformer", "unet") if config.shard_frozen_weights else ()
+    pipe = backbone.load(on_host)
+    dtype = pipe.dtype if alignment.preset else torch.float32
+    judges = {name: parse_reward(name).load(device, dtype) for name in held_out}
+    scorer = reward.load(device, dtype)
     trainer = TRAINERS[alignment.method](
         pipe,
-        CleanReward(pipe, scorer) if scorer is not None else _load_values(value, pipe),
+        CleanReward(pipe, scorer) if scorer is not None else _load_values(value, pipe, dtype, device),
         texts,
         config,
         output_dir=out,
         held_out=judges,
         eval_prompts=held_out_texts,
+        trackers=trackers,
     )
     rows = trainer.train()
     if not trainer.state.is_main_process:
@@ -109,12 +148,13 @@ def _split(texts: list[str]) -> tuple[list[str], list[str]]:
     return trained, kept
 
 
-def _load_values(names: tuple[str, ...], pipe):
+def _load_values(names: tuple[str, ...], pipe, dtype, device):
     from .. import playground
     from ..value import StitchedValue, ValueSum
 
     values = [
-        playground.load_value(pipe) if name == "playground" else StitchedValue.from_pretrained(name, pipe)
+        playground.load_value(pipe) if name == "playground" else StitchedValue.from_pretrained(name, pipe, dtype)
         for name in names
     ]
+    values = [value.to(device) for value in values]  # a denoiser that is to be split is on the host meanwhile
     return values[0] if len(values) == 1 else ValueSum([(value, 1.0) for value in values])

@@ -72,8 +72,11 @@ class Backbone:
             raise ValueError(f"device: expected cpu, as PyTorch finds no GPU, got {self.device!r}")
         return device
 
-    def load(self):
-        """The pipeline, frozen, on its device. Raises OSError where it cannot be loaded."""
+    def load(self, on_host: tuple[str, ...] = ()):
+        """The pipeline, frozen, on its device, except for components whose names begin as in ``on_host``.
+
+        Raises OSError where it cannot be loaded.
+        """
         import torch
         from diffusers import DiffusionPipeline
 
@@ -98,7 +101,10 @@ class Backbone:
                 raise OSError(
                     f"backbone: {self.backbone} cannot be loaded as a diffusers pipeline: {message}"
                 ) from error
-        pipe.to(device)
+        moved = [part for name, part in pipe.components.items() if not name.startswith(on_host)] if on_host else [pipe]
+        for part in moved:
+            if hasattr(part, "to"):
+                part.to(device)
         pipe.set_progress_bar_config(disable=True)
         backbone_of(pipe).denoiser.eval().requires_grad_(False)
         pipe.vae.eval().requires_grad_(False)
@@ -119,8 +125,8 @@ class Reward:
     reward_path: str | None = None
     reward_options: tuple[str, ...] = ()
 
-    def load(self, device):
-        """The reward, frozen, in float32 on a device; None where no kind was named."""
+    def load(self, device, dtype=None):
+        """The reward, frozen, on a device, in float32 or another dtype; None where no kind was named."""
         from ..rewards import load_reward
 
         if self.reward is None:
@@ -132,7 +138,8 @@ class Reward:
             if not found:
                 raise ValueError(f"reward_options: expected NAME=VALUE, got {option!r}")
             options[name] = int(value) if value.isdecimal() else value
-        return load_reward(self.reward, self.reward_path, **options).to(device).eval().requires_grad_(False)
+        reward = load_reward(self.reward, self.reward_path, **options).to(device, dtype)
+        return reward.eval().requires_grad_(False)
 
 
 def parse_reward(text: str) -> Reward:

@@ -37,7 +37,7 @@ def save_checkpoint(folder: Path, iteration: int, state: dict[str, Any], keep: i
         if path.exists():  # of a run that went back to an older one
             shutil.rmtree(path)
         partial.rename(path)
-    except (OSError, RuntimeError) as error:  # torch's and safetensors' writers have errors of their own
+    except (OSError, RuntimeError) as error:  # torch's writer has an error of its own
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"checkpoint: {path} could not be written ({error})") from error
     for old in list_checkpoints(folder)[:-keep]:

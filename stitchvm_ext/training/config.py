@@ -8,7 +8,7 @@ from typing import Any
 # What may differ between a run and the one that goes on from its checkpoint: where, when and how many steps are made.
 EXECUTION = (
     "iterations", "rollout_batch_size", "train_batch_size", "gradient_checkpointing",
-    "offload_text_encoders", "eval_every", "eval_steps", "save_every",
+    "offload_text_encoders", "shard_frozen_weights", "eval_every", "eval_steps", "save_every",
     "keep_checkpoints",
 )  # fmt: skip
 
@@ -37,6 +37,10 @@ class TrainingConfig:
         gradient_checkpointing: keep the inputs of the denoiser's blocks only, and run them twice.
         offload_text_encoders: keep those of the pipeline and of the rewards on the host between their uses. Leave the
             pipeline's there when you load it: ``pipe.transformer.to("cuda")`` and ``pipe.vae.to("cuda")`` are enough.
+        shard_frozen_weights: split the frozen weights of the denoiser's blocks over the processes, by FSDP; a block is
+            whole while it runs. Adapters, merged layers and all that is no block stay whole in every process. Leave the
+            pipeline's denoiser on the host when you load it: it goes to the autoencoder's device. It remains split
+            after training, and one process alone cannot call it.
         eval_every: iterations between evaluations; there is one before the first and one after the last.
         eval_steps: denoising steps of an evaluation's pictures, by the ODE.
         save_every, keep_checkpoints: iterations between checkpoints, and how many of them are kept.
@@ -61,6 +65,7 @@ class TrainingConfig:
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
     offload_text_encoders: bool = False
+    shard_frozen_weights: bool = False
     eval_every: int = 25
     eval_steps: int = 40
     save_every: int = 10

@@ -16,7 +16,7 @@ from .health import check_finite, warn_constant
 from .losses import dpo_loss
 from .rollout import SOLVERS
 from .samples import LEVELS, NOISE, Collected, check_processes, check_stop_window, collect, draw_stop, score
-from .trainer import Trainer, in_batches
+from .trainer import Trainer
 
 SPACES = ("anchor", "velocity")
 Pair = tuple[int, int]  # rows of a winner and a loser
@@ -139,10 +139,11 @@ class DPOTrainer(Trainer):
         passes = [(pair, number) for pair in mine for number in range(config.levels_per_pair)]
         sums = torch.zeros(3, dtype=torch.float64, device=samples.anchors.device)
         with self.base.fused():
-            for part in in_batches(passes, max(1, config.train_batch_size // 2)):
+            spare = (samples.rows[:2], 0)
+            for part, counts in self.batches(passes, max(1, config.train_batch_size // 2), spare):
                 loss, margin = self._losses(iteration, samples, part)
-                (loss.sum() / (len(pairs) * config.levels_per_pair)).backward()
-                found = torch.stack([loss.detach(), margin.detach(), (margin > 0).float()])
+                (counts * loss.sum() / (len(pairs) * config.levels_per_pair)).backward()
+                found = counts * torch.stack([loss.detach(), margin.detach(), (margin > 0).float()])
                 sums += found.double().sum(1) / (len(pairs) * config.levels_per_pair)
         return dict(zip(("loss", "margin", "accuracy"), sums, strict=True))
 

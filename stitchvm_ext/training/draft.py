@@ -14,7 +14,7 @@ from .config import TrainingConfig
 from .health import check_finite
 from .rewards import scores_by_term
 from .samples import Collected, check_processes, check_stop_window, collect, draw_stop, gather_table, table
-from .trainer import Trainer, in_batches
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,12 @@ class DraftTrainer(Trainer):
         starts = [draw_stop(self, iteration, row) - config.last_steps for row in rows]
         samples = collect(self, iteration, rows, prompts, starts)
         scored: list[dict[str, float]] = []
-        for part in in_batches(range(len(rows)), config.train_batch_size):
+        for part, counts in self.batches(range(len(rows)), config.train_batch_size):
             columns = self.losses(samples, part)
-            (columns["loss"].sum() / config.prompts_per_iteration).backward()
-            scored += table(columns)
+            if not columns["reward/mean"].requires_grad:
+                raise ValueError(f"value: expected one with a gradient, got {type(self.value).__name__} without")
+            (counts * columns["loss"].sum() / config.prompts_per_iteration).backward()
+            scored += table(columns) if counts else []
         columns = gather_table(self, scored)
         check_finite(iteration, **columns)
         del columns["latents"]

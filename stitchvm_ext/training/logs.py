@@ -1,42 +1,57 @@
-"""What a run writes down: a JSON line per iteration, TensorBoard where it is installed, curves, grids of pictures."""
+"""What a run writes down: a JSON line per iteration, the same to trackers, curves, grids of pictures."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from accelerate.tracking import GeneralTracker
 from torch import Tensor
+
+from .trackers import log_picture, start_trackers
 
 
 class RunLog:
-    """``metrics.jsonl`` of a run, one object per iteration, and the same numbers as TensorBoard's scalars.
+    """``metrics.jsonl`` of a run, one object per iteration, and the same numbers to trackers.
 
     Args:
         folder: of the run.
-        iterations: done so far; lines beyond it, which a resumed run writes again, are dropped.
+        iterations: done so far, -1 for a run that begins; lines beyond it, which a resumed run writes again, are
+            dropped.
+        trackers: see :func:`start_trackers`.
+        settings: of the run, for the trackers.
     """
 
-    def __init__(self, folder: Path, iterations: int):
+    def __init__(
+        self,
+        folder: Path,
+        iterations: int,
+        trackers: Sequence[str | GeneralTracker] = (),
+        settings: Mapping[str, Any] | None = None,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.path = folder, folder / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["iteration"] <= iterations]
         partial = self.path.with_name(self.path.name + ".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         partial.replace(self.path)
-        self.tensorboard = _summary_writer(folder / "tensorboard", iterations)
+        self.trackers = start_trackers(trackers, folder, iterations, settings or {})
 
-    def write(self, row: dict[str, float]) -> None:
-        """Append one iteration's numbers; ``row`` has "iteration"."""
+    def write(self, row: dict[str, float], picture: Path | None = None) -> None:
+        """Append one iteration's numbers, ``row`` has "iteration", and hand them and a picture to the trackers."""
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if self.tensorboard is not None:
-            for name, number in row.items():
-                self.tensorboard.add_scalar(name, number, row["iteration"])
+        numbers = {name: number for name, number in row.items() if name != "iteration"}
+        for tracker in self.trackers:
+            tracker.log(numbers, step=row["iteration"])
+            if picture is not None:
+                log_picture(tracker, "samples", picture, row["iteration"])
 
     def close(self) -> None:
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        for tracker in self.trackers:
+            tracker.finish()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -48,14 +63,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-def _summary_writer(folder: Path, iterations: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # tensorboard is not installed
-        return None
-    return SummaryWriter(str(folder), purge_step=iterations + 1)
 
 
 def plot_curves(rows: Sequence[dict[str, float]], path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.truncate import shell_of
+from .sharding import whole
 
 _SELF = r"(to_q|to_k|to_v|to_out\.0)"
 _JOINT = r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -115,7 +116,7 @@ def drift(denoiser: nn.Module, adapter: str = "default") -> float:
         a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
         # |B A|² = trace(B'B A A'), two matrices of the rank's size
         square = ((b.mT @ b) * (a @ a.mT)).sum() * layer.scaling[adapter] ** 2
-        ratios.append(square / layer.get_base_layer().weight.float().square().sum())
+        ratios.append(square / whole(layer.get_base_layer().weight).float().square().sum())
     return math.sqrt(torch.stack(ratios).mean().item())
 
 
@@ -153,7 +154,7 @@ class MergedView:
     def set_to(self, adapter: str) -> None:
         """Merge this adapter's present weights. The same weights give the same sums, bit for bit."""
         for layer, merged in self.layers:
-            base = layer.get_base_layer().weight
+            base = whole(layer.get_base_layer().weight)
             merged.weight.copy_(base.float() + layer.get_delta_weight(adapter).float())
 
 
@@ -176,12 +177,16 @@ def _view(module: nn.Module, replace: Callable[[nn.Module], nn.Module]) -> nn.Mo
 def export_weights(pipe, folder, adapter: str = "default") -> None:
     """Write ``pytorch_lora_weights.safetensors``, which ``pipe.load_lora_weights(folder)`` of a stock pipeline loads.
 
-    The adapter's rank, scale and targets are in the file's metadata.
+    The adapter's rank, scale and targets are in the file's metadata. Raises OSError where it cannot be written.
     """
     from peft.utils import get_peft_model_state_dict
+    from safetensors import SafetensorError
 
     name = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
     denoiser = getattr(pipe, name)
     weights: dict[str, Tensor] = get_peft_model_state_dict(denoiser, adapter_name=adapter)
     metadata = {f"{name}_lora_adapter_metadata": denoiser.peft_config[adapter].to_dict()}
-    pipe.save_lora_weights(folder, **{f"{name}_lora_layers": weights}, **metadata)
+    try:
+        pipe.save_lora_weights(folder, **{f"{name}_lora_layers": weights}, **metadata)
+    except SafetensorError as error:  # of a full disk, and no OSError
+        raise OSError(f"LoRA: its weights could not be written into {folder} ({error})") from error

@@ -18,7 +18,7 @@ from .lora import copy_adapter
 from .losses import OLD_POLICY_DECAYS, nft_loss, old_policy_decay, velocity_distance
 from .rollout import SOLVERS
 from .samples import LEVELS, NOISE, Collected, check_stop_window, collect, draw_stop, score
-from .trainer import Trainer, in_batches
+from .trainer import Trainer
 
 SPACES = ("anchor", "velocity")
 _ORDER = (0, 0, 1)  # end of the key (seed, iteration, ...) of the samples' order; those of others are in samples.py
@@ -184,14 +184,14 @@ class NFTTrainer(Trainer):
         MEASURED.
         """
         mine = [samples.rows.index(row) for row in chunk.sort().values.tolist() if row in samples.rows]
-        levels = {k: self._levels(iteration, samples.rows[k], samples.stops[k]) for k in mine}
+        levels = [self._levels(iteration, row, stop) for row, stop in zip(samples.rows, samples.stops, strict=True)]
         passes = [(k, number) for k in mine for number in range(len(levels[k]))]
         sums = torch.zeros(len(MEASURED), dtype=torch.float64, device=samples.anchors.device)
         with old.fused(), self.base.fused():
-            for part in in_batches(passes, self.config.train_batch_size):
+            for part, counts in self.batches(passes, self.config.train_batch_size, spare=(0, 0)):
                 t = torch.stack([levels[k][number] for k, number in part])
                 weights = torch.tensor([1 / (len(chunk) * len(levels[k])) for k, _ in part], device=sums.device)
-                losses = self._losses(iteration, samples, part, t, wanted, old) * weights
+                losses = self._losses(iteration, samples, part, t, wanted, old) * weights * counts
                 losses[0].sum().backward()
                 sums += losses.detach().double().sum(1)
         return dict(zip(MEASURED, sums, strict=True))

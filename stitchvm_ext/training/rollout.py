@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..backbones import Condition, DiffusionBackbone, precompute_conditioning
 from ..sampling.transitions import dpm_solver_2m, get_transition, ode
+from .sharding import is_sharded
 
 SOLVERS = ("ode", "linear_sde", "flow_grpo", "dpm_solver")
 
@@ -24,6 +25,7 @@ def roll_out(
     latent_shape: Sequence[int],
     solver: str = "ode",
     stops: Sequence[int] | None = None,
+    passes: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Follow the (guided) velocity from noise for as many steps as each sample is to take.
 
@@ -37,6 +39,8 @@ def roll_out(
         solver: "ode" (Euler), "linear_sde" or "flow_grpo" (see :mod:`sampling.transitions`), or "dpm_solver", the
             second-order multistep DPM-Solver++.
         stops: 1 .. T steps per sample; all T by default.
+        passes: how often the denoiser is to run at least, although all samples have stopped: other processes wait for
+            it where its weights are split over them.
 
     Returns:
         z_tau float32 [B, C, H, W] and tau float32 [B], ``sigmas[stops]``.
@@ -60,10 +64,12 @@ def roll_out(
             if stopped:
                 found[[running[k] for k in stopped]] = z[stopped]
                 going = [k for k, row in enumerate(running) if stops[row] > number]
+                if not going:
+                    break
                 running, z, condition = [running[k] for k in going], z[going], condition.rows(going)
                 previous = None if previous is None else (previous[0][going], previous[1])
-            if not running:
-                break
+        for _ in range(number, passes):
+            backbone.guided_velocity(z, sigma, condition)
     return found, sigmas[stops]
 
 
@@ -71,7 +77,7 @@ def modulation_table(backbone: DiffusionBackbone, sigmas: Tensor, condition: Con
     """A context in which the AdaLN vectors of a schedule and its texts are read from a table, where that is known to
     be possible: see :func:`precompute_conditioning`.
     """
-    if type(backbone.denoiser).__name__ != "SD3Transformer2DModel":
+    if type(backbone.denoiser).__name__ != "SD3Transformer2DModel" or is_sharded(backbone.denoiser):
         return nullcontext()
     pooled = [branch["pooled_prompt_embeds"] for branch in (condition.cond, condition.uncond) if branch]
     return precompute_conditioning(backbone, sigmas, torch.cat(pooled))

@@ -15,7 +15,7 @@ from .config import TrainingConfig
 from .health import check_finite
 from .rewards import CleanReward, scores_by_term
 from .rollout import roll_out
-from .trainer import Trainer, in_batches
+from .trainer import Trainer
 
 # Ends of the keys (seed, iteration, row, ...) of what is drawn; a rollout's noise has the key without an end, which is
 # the same as one that ends with 0. From NOISE on they are those of the noise of training passes.
@@ -75,8 +75,10 @@ def collect(
     condition = trainer.encode(prompts[first : (rows.stop - 1) // group_size + 1])
     places = [row // group_size - first for row in rows]
     backbone = trainer.merged(adapter)
-    parts = [
-        roll_out(
+    longest = max(trainer.gather([max(stops)])) if trainer.sharded else 0
+    parts = []
+    for part, counts in trainer.batches(range(len(rows)), trainer.config.rollout_batch_size):
+        rolled = roll_out(
             backbone,
             condition.rows([places[k] for k in part]),
             trainer.sigmas,
@@ -84,9 +86,9 @@ def collect(
             trainer.latent_shape,
             solver,
             [stops[k] for k in part],
+            longest,
         )
-        for part in in_batches(range(len(rows)), trainer.config.rollout_batch_size)
-    ]
+        parts += [rolled] if counts else []
     anchors, tau = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Collected(rows, anchors, tau.to(anchors.device), list(stops), condition, places)
 
@@ -99,10 +101,10 @@ def score(trainer: Trainer, iteration: int, samples: Collected) -> tuple[Tensor,
         FloatingPointError: a latent or a score is not finite.
     """
     scored: list[dict[str, float]] = []
-    for part in in_batches(range(len(samples.rows)), trainer.config.rollout_batch_size):
+    for part, counts in trainer.batches(range(len(samples.rows)), trainer.config.rollout_batch_size):
         anchors = samples.anchors[part]
         total, terms = scores_by_term(trainer.value, anchors, samples.tau[part], samples.conditions(part))
-        scored += table({"latents": anchors.flatten(1).sum(1), **terms, "reward": total})
+        scored += table({"latents": anchors.flatten(1).sum(1), **terms, "reward": total}) if counts else []
     found = gather_table(trainer, scored)
     check_finite(iteration, **found)
     del found["latents"]

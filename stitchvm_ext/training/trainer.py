@@ -8,12 +8,14 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.tracking import GeneralTracker
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,6 +40,8 @@ from .lora import MergedView, adapter_parameters, add_adapters, base_view, drift
 from .prompts import PromptDataset
 from .rewards import on_backbone, rewards_in
 from .rollout import roll_out
+from .sharding import shard_blocks
+from .trackers import choose_trackers
 
 GRID = 16  # pictures of an evaluation that are kept
 EVALUATION = 2**31  # first number of the keys of an evaluation's noise, which no iteration has
@@ -63,6 +67,9 @@ class Trainer(ABC):
         held_out: clean rewards by name that are not trained on, and so show whether the trained one is being tricked;
             measured at every evaluation.
         eval_prompts: held-out prompts, one picture each.
+        trackers: names of accelerate's, such as "tensorboard" and "wandb", or instances of its ``GeneralTracker`` that
+            are set up as you like; by default TensorBoard's where it is installed. They get the numbers of
+            ``metrics.jsonl`` and the evaluations' pictures, from the main process.
 
     Attributes:
         policy: the backbone with the trained adapter, differentiable in its parameters.
@@ -85,8 +92,10 @@ class Trainer(ABC):
         output_dir: str | Path,
         held_out: Mapping[str, RewardModel | RewardSum],
         eval_prompts: Sequence[str],
+        trackers: Sequence[str | GeneralTracker] | None = None,
     ):
         self.pipe, self.config, self.folder = pipe, config, Path(output_dir)
+        self.trackers = choose_trackers(trackers)
         self.prompts = prompts if isinstance(prompts, PromptDataset) else PromptDataset(prompts, seed=config.seed)
         self.eval_prompts, self.held_out = as_prompts("eval_prompts", eval_prompts), dict(held_out)
         if not self.held_out:
@@ -100,7 +109,8 @@ class Trainer(ABC):
         check_value(value, pipe, self.policy, (1, *self.latent_shape))
         self.text_options = text_options_of(self.policy, value, config.max_sequence_length)
         self.sigmas = pipeline_sigmas(pipe, self.policy, config.num_inference_steps, size)
-        self.state = processes(self.policy.device)
+        device = pipe.vae.device if config.shard_frozen_weights else self.policy.device
+        self.state = processes(device)
         run = config.identity() | {"prompts": self.prompts.digest, "value": type(value).__name__, "size": list(size)}
         weights = json.dumps(fingerprint(self.policy, self.policy.depth))
         self.run = run | {"backbone": hashlib.sha256(weights.encode()).hexdigest()}
@@ -109,11 +119,16 @@ class Trainer(ABC):
         add_adapters(denoiser, self.adapters, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
         pipe.vae.requires_grad_(False)
         if config.offload_text_encoders:
-            offload_text_encoders(pipe, self.policy.device)
+            offload_text_encoders(pipe, device)
         self.parameters = adapter_parameters(denoiser)
         self.base = self.policy.on(base_view(denoiser))
         self._merged = MergedView(denoiser)
         self._merged_backbone = self.policy.on(self._merged.denoiser)
+        self.sharded = config.shard_frozen_weights and self.state.num_processes > 1
+        if self.sharded:
+            shard_blocks(denoiser, self.policy.blocks, device, self.state.num_processes)
+        if config.shard_frozen_weights:
+            denoiser.to(device), self._merged.denoiser.to(device)
         if config.gradient_checkpointing:  # of the policy alone: the views' blocks may run fused, a second time not
             denoiser.enable_gradient_checkpointing()
         self.value = on_backbone(value, self.policy, self.base)
@@ -147,8 +162,15 @@ class Trainer(ABC):
         """
         stop = min(self.config.iterations, stop_at or self.config.iterations)
         main = self.state.is_main_process
-        log = RunLog(self.folder, self.iteration or -1) if main else None
-        bar = tqdm(total=stop, initial=self.iteration, desc=type(self).__name__, disable=not (progress and main))
+        with closing(self._open_log()) if main else nullcontext() as log:
+            self._run(stop, log, progress and main)
+        if self.iteration == self.config.iterations and main:
+            self.export(self.folder)
+        self.state.wait_for_everyone()
+        return read_metrics(self.folder / "metrics.jsonl")
+
+    def _run(self, stop: int, log: RunLog | None, progress: bool) -> None:
+        bar = tqdm(total=stop, initial=self.iteration, desc=type(self).__name__, disable=not progress)
         if self.iteration == 0:
             self._log(log, {"iteration": 0, **self.evaluate()})
         while self.iteration < stop:
@@ -168,12 +190,6 @@ class Trainer(ABC):
             bar.set_postfix({name: f"{row[name]:.4g}" for name in ("reward/mean", "loss") if name in row})
             bar.update()
         bar.close()
-        if log is not None:
-            log.close()
-        if self.iteration == self.config.iterations and main:
-            self.export(self.folder)
-        self.state.wait_for_everyone()
-        return read_metrics(self.folder / "metrics.jsonl")
 
     @contextmanager
     def _seeded(self, iteration: int) -> Iterator[None]:
@@ -183,10 +199,15 @@ class Trainer(ABC):
             torch.manual_seed(int(np.random.SeedSequence((self.config.seed, iteration)).generate_state(1)[0]))
             yield
 
+    def _open_log(self) -> RunLog:
+        settings = {"trainer": type(self).__name__, "value": type(self.value).__name__, **asdict(self.config)}
+        return RunLog(self.folder, self.iteration or -1, self.trackers, settings)
+
     def _log(self, log: RunLog | None, row: dict[str, float]) -> None:
         if log is not None:
-            log.write(row)
-            if any(name.startswith("held_out/") for name in row):
+            evaluated = any(name.startswith("held_out/") for name in row)
+            log.write(row, self._grid_path() if evaluated else None)
+            if evaluated:
                 plot_curves(read_metrics(log.path), self.folder / "curves.png")
 
     # -- samples -------------------------------------------------------------------------------------------------------
@@ -214,6 +235,17 @@ class Trainer(ABC):
     def share(self, count: int) -> range:
         """Which of an iteration's rows this process makes."""
         return share_of(self.state, count)
+
+    def batches(self, rows: Sequence[Any], size: int, spare: Any = None) -> Iterator[tuple[list[Any], bool]]:
+        """Rows in parts of ``size``, and whether a part counts.
+
+        Where weights are split over the processes, all have to make as many passes. So the last part comes again, or
+        ``spare`` where this process has no row, and does not count.
+        """
+        parts = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+        most = max(self.gather([len(parts)])) if self.sharded else len(parts)
+        for number in range(most):
+            yield (parts[number], True) if number < len(parts) else ((parts or [[spare]])[-1], False)
 
     def gather(self, rows: list[Any]) -> list[Any]:
         """One object per row of :meth:`share` -> those of all rows, in order, in all processes."""
@@ -285,10 +317,12 @@ class Trainer(ABC):
         rows = self.share(len(self.eval_prompts))
         sigmas = pipeline_sigmas(self.pipe, self.policy, self.config.eval_steps, self.latent_shape[-2:])
         scores, kept = [], []
-        for part in in_batches(rows, self.config.rollout_batch_size):
+        for part, counts in self.batches(rows, self.config.rollout_batch_size, spare=0):
             prompts = tuple(self.eval_prompts[row] for row in part)
             generators = self.generators(EVALUATION, part)
             latents, _ = roll_out(backbone, self.encode(prompts), sigmas, generators, self.latent_shape)
+            if not counts:
+                continue
             images = self.policy.decode_latents(self.pipe.vae, latents).clamp(0, 1)
             found = {name: score_images(reward, images, prompts).tolist() for name, reward in self.held_out.items()}
             scores += [dict(zip(found, numbers, strict=True)) for numbers in zip(*found.values(), strict=True)]
@@ -297,8 +331,11 @@ class Trainer(ABC):
         means = {f"held_out/{name}": float(np.mean([row[name] for row in scores])) for name in self.held_out}
         check_finite(self.iteration, **means)
         if self.state.is_main_process:
-            save_grid(torch.stack(kept), self.folder / "samples" / f"iteration_{self.iteration:06d}.png")
+            save_grid(torch.stack(kept), self._grid_path())
         return means
+
+    def _grid_path(self) -> Path:
+        return self.folder / "samples" / f"iteration_{self.iteration:06d}.png"
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -352,9 +389,3 @@ class Trainer(ABC):
         self.ema.load_state_dict(state["ema"])
         self.iteration, self.position = state["iteration"], state["position"]
         self.optimizer_steps = state["optimizer_steps"]
-
-
-def in_batches(rows: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Rows in parts of ``size``."""
-    for start in range(0, len(rows), size):
-        yield list(rows[start : start + size])

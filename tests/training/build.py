@@ -39,7 +39,7 @@ def stitched_value(pipe, *depths: int, reward=None):
     return values[0] if len(values) == 1 else ValueSum([(value, 1.0) for value in values])
 
 
-def build(folder, *, method: str = "nft", stitched: bool = False, depths=(2,), value=None, **settings):
+def build(folder, *, method: str = "nft", stitched: bool = False, depths=(2,), value=None, trackers=None, **settings):
     """A trainer on a pipeline of its own; those of COMMON's settings that its method has."""
     trainer, settings_of = METHODS[method]
     pipe, reward = copy.deepcopy(tiny.tiny_pipeline()), tiny.tiny_reward()
@@ -50,8 +50,9 @@ def build(folder, *, method: str = "nft", stitched: bool = False, depths=(2,), v
     config = settings_of(**({name: x for name, x in COMMON.items() if name in known} | settings))
     held_out = {"clip": tiny.tiny_reward(2)}
     return trainer(
-        pipe, value, PROMPTS, config, output_dir=folder, held_out=held_out, eval_prompts=["a green ring", "two rings"]
-    )
+        pipe, value, PROMPTS, config, output_dir=folder, held_out=held_out, trackers=trackers,
+        eval_prompts=["a green ring", "two rings"],
+    )  # fmt: skip
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:

@@ -1,10 +1,11 @@
 """A run of a trainer on the small models, as a program of its own: for torchrun, and to be killed.
 
     nft_run.py FOLDER RESULT [--method NAME] [--stitched] [--train-batch N] [--rollout-batch N]
-        [--iterations N] [--kill-seed N]
+        [--prompts N] [--iterations N] [--shard] [--checkpoint] [--kill-seed N]
 
-Writes weights and log to RESULT, from the main process. With ``--kill-seed`` the run is started and killed ten times,
-by SIGKILL, at moments drawn from that seed; it prints what each kill left, and leaves the rest to another call.
+Writes to RESULT, from the main process, weights, log and which share of a block's frozen weights it holds. With
+``--kill-seed`` the run is started and killed ten times, by SIGKILL, at moments drawn from that seed; it prints what
+each kill left, and leaves the rest to another call.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ def run(args: argparse.Namespace) -> None:
     trainer = build(
         args.folder, method=args.method, stitched=args.stitched, train_batch_size=args.train_batch,
         rollout_batch_size=args.rollout_batch, iterations=args.iterations, save_every=1,
+        prompts_per_iteration=args.prompts, shard_frozen_weights=args.shard, gradient_checkpointing=args.checkpoint,
     )  # fmt: skip
     rows = trainer.train(progress=False)
     if trainer.state.is_main_process and args.result:
-        torch.save({"weights": weights(trainer), "rows": rows}, args.result)
+        frozen = [p for name, p in trainer.policy.blocks[0].named_parameters() if "lora" not in name]
+        held = sum(len(getattr(p, "_local_tensor", p).flatten()) for p in frozen) / sum(p.numel() for p in frozen)
+        torch.save({"weights": weights(trainer), "rows": rows, "held": held}, args.result)
 
 
 def run_killed(args: argparse.Namespace) -> None:
@@ -50,5 +54,8 @@ if __name__ == "__main__":
     parser.add_argument("--rollout-batch", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--kill-seed", type=int)
+    parser.add_argument("--shard", action="store_true")
+    parser.add_argument("--checkpoint", action="store_true")
+    parser.add_argument("--prompts", type=int, default=2)
     args = parser.parse_args()
     run(args) if args.kill_seed is None else run_killed(args)

@@ -108,6 +108,15 @@ def test_equal_rewards_are_skipped_and_said(tmp_path):
     assert row["skipped"] == 1 and row["pairs"] == 0 and trainer.optimizer_steps == 0
 
 
+def test_rewards_that_are_not_finite_stop_the_run(tmp_path):
+    trainer = build(tmp_path, method="dpo")
+    trainer.train(stop_at=1, progress=False)
+    trainer.value.value = lambda latents, sigma, condition: torch.full((len(latents),), torch.nan)
+    with pytest.raises(FloatingPointError, match="reward is not finite at iteration 1"):
+        trainer.train(progress=False)
+    assert build(tmp_path, method="dpo").iteration == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

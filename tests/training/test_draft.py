@@ -122,6 +122,26 @@ def test_training_raises_the_reward(tmp_path, stitched):
     assert not stitched or sum(name.startswith("reward/") for name in rows[1]) == 3
 
 
+def test_rewards_that_teach_nothing(tmp_path):
+    """Not finite, constant, or without a gradient."""
+    trainer = build(tmp_path, method="draft", kl_weight=0.0)
+    trainer.train(stop_at=1, progress=False)
+    before = {name: tensor.clone() for name, tensor in trainer.adapter_state("default").items()}
+    trainer.value.value = lambda latents, sigma, condition: latents.flatten(1).sum(1) * torch.nan
+    with pytest.raises(FloatingPointError, match="reward/mean is not finite at iteration 1"):
+        trainer.train(progress=False)
+    constant = build(tmp_path, method="draft", kl_weight=0.0)
+    assert constant.iteration == 1
+    constant.optimizer.state.clear()  # no momentum of the first iteration
+    constant.value.value = lambda latents, sigma, condition: latents.flatten(1).sum(1) * 0 + 1
+    assert constant.iterate(1)["gradient_norm"] == 0
+    for name, tensor in constant.adapter_state("default").items():
+        assert torch.equal(tensor, before[name])
+    constant.value.value = lambda latents, sigma, condition: torch.ones(len(latents))
+    with pytest.raises(ValueError, match="value: expected one with a gradient, got CleanReward without"):
+        constant.iterate(2)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

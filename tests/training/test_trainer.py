@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
+import resource
+import signal
 from dataclasses import replace
 
 import pytest
@@ -133,6 +136,39 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(reward, tmp_path, monkeypat
     assert not list((tmp_path / "checkpoints").glob(".*"))
     monkeypatch.undo()
     assert make(tmp_path, reward).iteration == 2
+
+
+def test_writers_that_run_out_of_room_leave_the_last_good_checkpoint(reward, tmp_path):
+    """A limit on a file's size instead of the disk's: the errors are those of torch's and of safetensors' writers."""
+    trainer = make(tmp_path, reward)
+    trainer.train(stop_at=1, progress=False)
+    folder = tmp_path / "checkpoints"
+    good = checkpoints.list_checkpoints(folder)
+    trainer.iteration = 2
+    with file_limit(10_000):
+        with pytest.raises(OSError, match="iteration_000002 could not be written"):
+            trainer.save()
+        with pytest.warns(UserWarning, match="iteration_000002 could not be written .*training goes on"):
+            trainer.save(or_warn=True)
+        with pytest.raises(OSError, match="iteration_000002 could not be written .*LoRA"):  # a state that fits
+            checkpoints.save_checkpoint(folder, 2, {"run": {}}, 2, trainer.export)
+        with pytest.raises(OSError, match="LoRA: its weights could not be written into"):
+            trainer.export(tmp_path)
+    assert checkpoints.list_checkpoints(folder) == good and not list(folder.glob(".*"))
+    assert make(tmp_path, reward).iteration == 1
+
+
+@contextlib.contextmanager
+def file_limit(size):
+    """Within the ``with``, no file of this process grows beyond ``size`` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(reward, tmp_path):
