@@ -1,0 +1,202 @@
+"""benchmarks/payback.py and the report, which has its figures from result files alone."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from stitchvm_ext.bench.pages import alignment_table, mean_of, seconds_until, short_range
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+MACHINE = {"cpu": "a processor", "gpu": None, "threads": 1, "torch": "2", "commit": "abc"}
+
+if not BENCHMARKS.is_dir():
+    pytest.skip("the benchmarks are not beside these tests", allow_module_level=True)
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("report")
+
+
+@pytest.fixture
+def payback(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("payback")
+
+
+def test_the_committed_report_is_what_its_command_writes(report):
+    assert report.REPORT.read_text() == report.page(), "run: python benchmarks/report.py"
+
+
+def test_sections_without_a_file_are_left_out(report, tmp_path):
+    assert "##" not in report.page(tmp_path)
+
+
+def write(folder: Path, name: str, result: dict) -> None:
+    (folder / f"{name}.json").write_text(json.dumps({"machine": MACHINE, **result}))
+
+
+def rows_of(text: str, heading: str) -> list[list[str]]:
+    """The cells of a section's table rows, heads left out."""
+    section = text.split(heading)[1].split("\n#")[0]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
+    heads = [k - 1 for k, row in enumerate(rows) if row[0] == "---"]
+    return [row for k, row in enumerate(rows) if k not in heads and row[0] != "---"]
+
+
+# -- payback -----------------------------------------------------------------------------------------------------------
+
+
+def figures(**methods: tuple[float, float]) -> dict:
+    return {name: {"reward": reward, "seconds_per_image": seconds} for name, (reward, seconds) in methods.items()}
+
+
+def test_each_stitched_setting_meets_the_fastest_tweedie_of_its_reward(payback):
+    methods = figures(
+        unguided=(0.5, 0.1),
+        stitched_fast=(0.6, 0.2), stitched_beaten=(0.55, 0.3), stitched_best=(0.7, 0.4), stitched_weak=(0.45, 0.15),
+        Tweedie_low=(0.58, 0.1), Tweedie_mid=(0.65, 0.3), Tweedie_slow=(0.66, 0.5), Tweedie_high=(0.7, 0.35),
+    )  # fmt: skip
+    fast, best = payback.payback(methods, 24.95)
+    assert fast["stitched"] == "stitched_fast" and fast["tweedie"] == "Tweedie_mid" and fast["images"] == 250
+    assert fast["saved_per_image"] == pytest.approx(0.1)
+    assert best["stitched"] == "stitched_best" and best["tweedie"] == "Tweedie_high" and best["images"] is None
+    methods["stitched_best"]["reward"] = 0.8
+    assert payback.payback(methods, 24.95)[1]["tweedie"] is None
+
+
+@pytest.mark.slow
+def test_payback_measures_both_stages_and_both_methods(payback, report, tmp_path, capsys):
+    result = payback.measure(pictures=64, prompts=2, steps=[2, 3])
+    capsys.readouterr()
+    assert result["training_steps"] == 3 and result["layer"] == 1
+    assert len(result["seconds"]) == 3 and all(seconds > 0 for seconds in result["seconds"].values())
+    assert list(result["figures"])[0] == "unguided" and len(result["figures"]) == 1 + 2 * 2 * 2
+    for row in result["payback"]:
+        assert result["figures"][row["stitched"]]["reward"] > result["figures"]["unguided"]["reward"]
+    write(tmp_path, "payback", {"shared_machine": True, **result})
+    text = report.page(tmp_path)
+    assert "3 steps of 64 images" in text and "Other programs ran" in text
+    seconds = sum(result["seconds"].values())
+    assert f"Making the value took {seconds:,.0f} s" in text
+
+
+@pytest.mark.slow
+def test_the_committed_predictions_are_the_planners(payback):
+    committed = json.loads((BENCHMARKS / "results" / "payback_planner.json").read_text())
+    found = json.loads(json.dumps(payback.predict_one("sd3.5-medium")))
+    assert list(committed["backbones"]) == list(payback.BACKBONES)
+    for method in ("dps", "nft"):
+        theirs, ours = committed["backbones"]["sd3.5-medium"][method], found[method]
+        assert theirs["stitched"] == pytest.approx(ours["stitched"], rel=0.01)
+        assert theirs["search_hours"] == pytest.approx(ours["search_hours"], rel=0.01)
+        for name, seconds in ours["baselines"].items():
+            assert theirs["baselines"][name] == pytest.approx(seconds, rel=0.01)
+        for way, hours in ours["finetune_hours"].items():
+            for images, pair in hours.items():
+                assert theirs["finetune_hours"][way][images] == pytest.approx(pair, rel=0.01)
+
+
+def test_predicted_payback_is_hours_over_saved_seconds(report):
+    methods = {
+        "search_hours": [1.0, 2.0],
+        "finetune_hours": {"cached": {"1000": [3.0, 8.0]}},
+        "stitched": [2.0, 5.0],
+    }
+    # (1 + 3) h / 1 s, (2 + 8) h / 5 s
+    assert report.pays(methods, [3.0, 10.0], 1000) == "7,200 to 14,000"
+    assert report.pays(methods, [1.0, 10.0], 1000) == "never"
+    assert short_range(0.00138, 23.4) == "0.0014 to 23"
+
+
+# -- alignment ---------------------------------------------------------------------------------------------------------
+
+
+def run(method: str, value: str, seed: int, *held_out: float, seconds: float) -> dict:
+    curve = [
+        {
+            "iteration": k, "seconds": k * seconds, "denoiser_evaluations": 100.0 * k, "decodings": 0,
+            "target_reward": reward + 0.1, "held_out_reward": reward, "objects": 0.9, "colors": 0.9, "count": 0.9,
+        }
+        for k, reward in enumerate(held_out)
+    ]  # fmt: skip
+    return {"method": method, "value": value, "seed": seed, "curve": curve}
+
+
+@pytest.fixture
+def alignment():
+    return {
+        "settings": {},
+        "runs": [
+            run("nft", "clean", 0, 0.5, 0.6, 0.7, seconds=100),
+            run("nft", "clean", 1, 0.5, 0.6, 0.8, seconds=100),
+            run("nft", "stitched", 0, 0.5, 0.7, 0.7, seconds=40),
+            run("nft", "stitched", 1, 0.5, 0.8, 0.7, seconds=60),
+            run("dpo", "clean", 0, 0.5, 0.55, 0.6, seconds=10),
+        ],
+    }
+
+
+def test_preference_optimisation(report, alignment, tmp_path):
+    write(tmp_path, "alignment", alignment)
+    text = report.page(tmp_path)
+    assert "means over 2 seeds" in text and "held-out reward 0.500" in text
+    assert rows_of(text, "## Against preference optimisation") == [
+        ["nft, clean", "0.850 ± 0.050", "0.750 ± 0.050", "0.900 ± 0.000", "200", "200", "200"],
+        ["nft, stitched", "0.800 ± 0.000", "0.700 ± 0.000", "0.900 ± 0.000", "100", "200", "50"],
+        ["dpo, clean", "0.700", "0.600", "0.900", "20", "200", "not reached"],
+    ]
+
+
+def test_training_runs_until_stitching_pays(report, alignment, tmp_path):
+    write(tmp_path, "alignment", alignment)
+    assert "Training runs" not in report.page(tmp_path)
+    stages = {"search": 3.0, "finetuning": 397.0}
+    committed = json.loads((BENCHMARKS / "results" / "payback.json").read_text())
+    write(tmp_path, "payback", {**committed, "seconds": stages})
+    row = rows_of(report.page(tmp_path), "### Training runs")
+    assert row == [["200", "50", "400", "after 3 runs"]]  # 400 s over 150 s
+    for run_of in alignment["runs"]:
+        if run_of["value"] == "stitched":
+            run_of["curve"][1]["held_out_reward"] = 0.5
+    write(tmp_path, "alignment", alignment)
+    assert rows_of(report.page(tmp_path), "### Training runs") == [["200", "", "400", "never: not reached"]]
+
+
+def test_without_clean_nft_nothing_is_reached(alignment):
+    alignment["runs"] = alignment["runs"][2:4]
+    assert alignment_table(alignment)[-1].endswith("| 200 |  |")
+    curves = [one["curve"] for one in alignment["runs"]]
+    assert seconds_until(curves, 0.75) == 50 and seconds_until(curves, 0.76) is None
+    assert mean_of([1.0]) == "1.000" and mean_of([1.0, 3.0]) == "2.000 ± 1.000"
+
+
+# -- a guided step -----------------------------------------------------------------------------------------------------
+
+
+def test_guided_step_against_its_goals(report, tmp_path):
+    timed = {"p20_ms": 900, "p80_ms": 1100, "rounds": 2, "flops": 2e12, "share_of_limit": 0.5}
+    memory = {"peak_bytes": 3 * 2**20, "kept_bytes": 2**20}
+    result = {
+        "setup": {"scale": "real", "image_tokens": 784},
+        "variants": {
+            "plain": {"median_ms": 1000, **timed, **memory}, "stitched": {"median_ms": 1250, **timed, **memory},
+            "matrix product": {"median_ms": 10, **timed},
+        },
+        "targets": {"faster_than_tweedie": 2.8, "time_over_plain": 1.35, "peak_over_tweedie": 0.4},
+        "stitched": {
+            "stitched": {"faster_than_tweedie": 2.9, "time_over_plain": 1.25, "peak_over_tweedie": 0.41},
+        },
+    }  # fmt: skip
+    write(tmp_path, "guided_step_real", result)
+    text = report.page(tmp_path)
+    assert "scale real, image tokens 784." in text
+    assert rows_of(text, "## A guided step") == [
+        ["plain", "1", "0.9-1.1", "1.00", "2", "0.50", "3", "1"],
+        ["stitched", "1.25", "0.9-1.1", "1.25", "2", "0.50", "3", "1"],
+        ["matrix product", "0.01", "0.9-1.1", "0.01", "2", "0.50", "", ""],
+        ["stitched", "2.90, met", "1.25, met", "0.41, missed"],
+    ]
