@@ -37,6 +37,7 @@ from stitchvm_ext.playground import load_pipeline, load_reward, world
 from stitchvm_ext.playground.experiments import held_out_prompts, picture_tensor
 from stitchvm_ext.playground.train import PICTURE_SEED
 from stitchvm_ext.playground.train_value import CONFIG, PROBE_PICTURES, TRAINING_PICTURES
+from stitchvm_ext.training import NFTConfig
 from stitchvm_ext.value import StitchedValue, finetune, search_stitch
 from stitchvm_ext.value.stitching import encode_probe, untrained_value
 from stitchvm_ext.value.targets import cache_targets
@@ -48,7 +49,7 @@ STEPS = (6, 8, 10, 14, 20)
 BACKBONES = ("sd3.5-medium", "sd3.5-large", "flux.1-dev", "hunyuanimage-2.1")
 TOWER, DEVICE = "clip-l14-336", "h200"
 TRAINING_IMAGES = (10_000, 100_000, 1_000_000)
-NFT_BATCH, NFT_SAMPLES = 8, 48 * 24  # of a pass, and of an iteration by NFTConfig's defaults
+NFT = NFTConfig()
 
 Figures = dict[str, dict[str, float]]
 
@@ -173,7 +174,8 @@ def predict() -> dict[str, Any]:
         "reward": TOWER,
         "device": DEVICE,
         "training_images": TRAINING_IMAGES,
-        "nft_samples": NFT_SAMPLES,
+        "nft_samples": NFT.samples,
+        "nft_iterations": NFT.iterations,
         "notes": NOTES,
         "backbones": {name: predict_one(name) for name in BACKBONES},
     }
@@ -190,7 +192,7 @@ def predict_one(backbone: str) -> dict[str, Any]:
     which = "prefix shared" if ARCHITECTURES[backbone].classifier_free else "own prefix"
     baselines = [row for row in dps.rows if row.name.startswith("Tweedie") and "checkpointed" not in row.name]
     clean, stitched = nft.row("DiffusionNFT"), next(row for row in nft.rows if row.name.startswith("stitched"))
-    passes = NFT_SAMPLES / NFT_BATCH
+    passes = NFT.samples / nft.settings["batch"]
     return {
         "dps": {
             **stages(dps),

@@ -162,8 +162,9 @@ def payback_predicted(found: dict[str, Result]) -> Lines:
         """),
         *predictions("dps", "image"),
         paragraph(f"""
-            Iterations of DiffusionNFT after which it pays, for {result["nft_samples"]:,} samples each, {nft["steps"]}
-            steps, {nft["resolution"]} pixels, a value stitched at these:
+            Iterations of DiffusionNFT after which it pays, each of {result["nft_samples"]:,} samples, {nft["steps"]}
+            steps, {nft["resolution"]} pixels, with a value stitched at these. A run has {result["nft_iterations"]} by
+            default:
         """),
         *predictions("nft", "iteration"),
     ]
