@@ -73,6 +73,15 @@ def images_measured(found: dict[str, Result]) -> Lines:
         for estimator in ("stitched", "Tweedie")
     }
     ours, theirs = (figures[name] for name in best.values())
+    paid = [row for row in result["payback"] if row["images"] is not None]
+    earliest = min(paid, key=lambda row: row["images"], default=None)
+    if earliest is None:
+        answer = "Stitching pays at none of these rewards."
+    else:
+        reward = figures[earliest["stitched"]]["reward"]
+        answer = (
+            f"Stitching pays after {earliest['images']:,} images at the earliest, at a target reward of {reward:.3f}."
+        )
     return [
         "### Images, measured on the playground",
         f"`python benchmarks/payback.py`, `payback.json`. {measured_on(result)}",
@@ -89,7 +98,7 @@ def images_measured(found: dict[str, Result]) -> Lines:
         """),
         *payback_table(result),
         paragraph(f"""
-            The best target reward is {ours["reward"]:.3f} for StitchVM-DPS ({best["stitched"]}) and
+            {answer} The best target reward is {ours["reward"]:.3f} for StitchVM-DPS ({best["stitched"]}) and
             {theirs["reward"]:.3f} for Tweedie-DPS ({best["Tweedie"]}); these settings have
             {ours["held_out_reward"]:.3f} and {theirs["held_out_reward"]:.3f} on the held-out reward, and take
             {ours["seconds_per_image"]:.2f} s and {theirs["seconds_per_image"]:.2f} s per image.
@@ -218,7 +227,7 @@ def stitching_predicted(found: dict[str, Result]) -> Lines:
             `python benchmarks/payback.py --planner`, `payback_planner.json`: predicted GPU-hours on
             {result["device"]} for {result["reward"]} at {dps["resolution"]} pixels, by the number of images of stage
             2 ({dps["epochs"]} epochs). "cached": latents and targets are computed once, as `stitchvm train` does;
-            "encoded anew": in every epoch.
+            "encoded anew": in every epoch. Reading pictures from a disk is not counted.
         """),
         *stage_hours_table(result),
     ]
