@@ -256,7 +256,7 @@ def ops(result: Result) -> Lines:
     ]
 
 
-def on_policy(result: Result) -> Lines:
+def training_latents(result: Result) -> Lines:
     trained_on = ("real images", "generated images", "rollouts")
 
     def against(row: Result, name: str) -> str:
@@ -310,7 +310,7 @@ SECTIONS: dict[str, Callable[[Result], Lines]] = {
     "payback_planner": payback_planner,
     "alignment": alignment,
     "noise_levels": noise_levels,
-    "on_policy": on_policy,
+    "on_policy": training_latents,  # MkDocs takes every name on_... for an event
     "stitch_tokens": stitch_tokens,
     "shared_prefix": shared_prefix,
     "value_gradient": value_gradient,
