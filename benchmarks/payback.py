@@ -1,12 +1,12 @@
 """After how many images or training runs does stitching pay for itself?
 
-    python benchmarks/payback.py              # measured on the playground, about ten minutes; writes payback.json
+    python benchmarks/payback.py              # measured on the playground, 15 to 30 minutes; writes payback.json
     python benchmarks/payback.py --planner    # predicted at real scale, some minutes; writes payback_planner.json
 
 On the playground, in one run and on one thread: seconds of stage 1 and of stage 2, as the embedded value was trained,
-then reward and seconds per image of StitchVM-DPS with that value and of Tweedie-DPS, each at several numbers of steps.
-For every setting of StitchVM-DPS that no other of its settings beats in both, the fastest Tweedie-DPS that reaches as
-much reward, and the images after which the stages' seconds are saved.
+then rewards and seconds per image of StitchVM-DPS with that value and of Tweedie-DPS, each at several numbers of steps.
+Printed is, for every setting of StitchVM-DPS that no other of its settings beats in reward and time, the fastest
+Tweedie-DPS that reaches as much, and the images after which the stages' seconds are saved.
 
 The planner predicts the same for large models: GPU-hours of the stages over GPU-seconds that an image, or an iteration
 of DiffusionNFT, saves.
@@ -15,7 +15,6 @@ of DiffusionNFT, saves.
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from guidance import run, table
 from stitchvm_ext import TweedieValue
 from stitchvm_ext.backbones import backbone_of
 from stitchvm_ext.bench.harness import save
+from stitchvm_ext.bench.pages import CRITERIA, payback_table
 from stitchvm_ext.data import as_image_source
 from stitchvm_ext.evaluation.compare import Contender
 from stitchvm_ext.plan import ARCHITECTURES, Plan, plan
@@ -51,8 +51,6 @@ TOWER, DEVICE = "clip-l14-336", "h200"
 TRAINING_IMAGES = (10_000, 100_000, 1_000_000)
 NFT = NFTConfig()
 
-Figures = dict[str, dict[str, float]]
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,9 +65,8 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     result = measure(args.pictures, args.prompts, args.steps)
-    for row in result["payback"]:
-        images = "never" if row["images"] is None else f"after {row['images']} images"
-        print(f"{row['stitched']} against {row['tweedie']}: {images}")
+    for criterion in CRITERIA:
+        print("\n".join(payback_table(result, criterion)) + "\n")
     print(f"wrote {save('payback', {'shared_machine': args.shared_machine, **result})}")
 
 
@@ -100,7 +97,6 @@ def measure(pictures: int, prompts: int, steps: list[int]) -> dict[str, Any]:
         "seconds": seconds,
         "prompts": prompts,
         "figures": figures,
-        "payback": payback(figures, sum(seconds.values())),
     }
 
 
@@ -128,41 +124,6 @@ def make_value(pipe, reward, images: torch.Tensor) -> tuple[StitchedValue, dict[
         with timed("stage 2: finetuning"):
             finetune(value, reward, targets, CONFIG, state_path=Path(scratch) / "state.pt")
     return value, seconds
-
-
-def payback(figures: Figures, seconds: float) -> list[dict[str, Any]]:
-    """StitchVM-DPS's settings above the unguided reward that none of its others beats in reward and time, by rising
-    reward, each with the fastest Tweedie-DPS of at least its reward (None where none reaches it), and the images after
-    which ``seconds`` of stitching are saved (None: nothing is).
-    """
-    rows = []
-    for name in frontier(figures, "stitched"):
-        reward, per_image = figures[name]["reward"], figures[name]["seconds_per_image"]
-        if reward <= figures["unguided"]["reward"]:
-            continue
-        reaching = [n for n in of(figures, "Tweedie") if figures[n]["reward"] >= reward]
-        if not reaching:
-            rows.append({"stitched": name, "tweedie": None, "saved_per_image": None, "images": None})
-            continue
-        other = min(reaching, key=lambda n: figures[n]["seconds_per_image"])
-        saved = figures[other]["seconds_per_image"] - per_image
-        images = math.ceil(seconds / saved) if saved > 0 else None
-        rows.append({"stitched": name, "tweedie": other, "saved_per_image": saved, "images": images})
-    return rows
-
-
-def of(figures: Figures, estimator: str) -> list[str]:
-    return [name for name in figures if name.startswith(estimator)]
-
-
-def frontier(figures: Figures, estimator: str) -> list[str]:
-    """An estimator's settings, by rising reward, of which no other is both as fast and better."""
-    by_time = sorted(of(figures, estimator), key=lambda name: figures[name]["seconds_per_image"])
-    best: list[str] = []
-    for name in by_time:
-        if not best or figures[name]["reward"] > figures[best[-1]]["reward"]:
-            best.append(name)
-    return best
 
 
 # -- predicted ---------------------------------------------------------------------------------------------------------

@@ -207,11 +207,13 @@ def proposal_spread(result: Result) -> Lines:
     ]
 
 
-def payback(result: Result) -> Lines:
+def payback_section(result: Result) -> Lines:
     return [
         "## After how many images stitching pays",
         "On the playground, stages and images in one run. [Open questions](report.md) says how to read it.",
-        *payback_table(result),
+        *payback_table(result, "reward"),
+        "By the held-out reward:",
+        *payback_table(result, "held_out_reward"),
     ]
 
 
@@ -306,7 +308,7 @@ SECTIONS: dict[str, Callable[[Result], Lines]] = {
     "inference_methods": inference_methods,
     "gap": gap,
     "proposal_spread": proposal_spread,
-    "payback": payback,
+    "payback": payback_section,
     "payback_planner": payback_planner,
     "alignment": alignment,
     "noise_levels": noise_levels,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stitchvm_ext.bench.pages import alignment_table, mean_of, seconds_until, short_range
+from stitchvm_ext.bench.pages import alignment_table, mean_of, payback, payback_table, seconds_until, short_range
 from stitchvm_ext.plan.architectures import ARCHITECTURES
 from stitchvm_ext.plan.devices import DEVICES, seconds
 from stitchvm_ext.plan.pieces import Pieces
@@ -27,7 +27,7 @@ def report(monkeypatch):
 
 
 @pytest.fixture
-def payback(monkeypatch):
+def program(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("payback")
 
@@ -55,33 +55,33 @@ def rows_of(text: str, heading: str) -> list[list[str]]:
 # -- payback -----------------------------------------------------------------------------------------------------------
 
 
-def figures(**methods: tuple[float, float]) -> dict:
-    return {name: {"reward": reward, "seconds_per_image": seconds} for name, (reward, seconds) in methods.items()}
-
-
-def test_each_stitched_setting_meets_the_fastest_tweedie_of_its_reward(payback):
-    methods = figures(
-        unguided=(0.5, 0.1),
-        stitched_fast=(0.6, 0.2), stitched_beaten=(0.55, 0.3), stitched_best=(0.7, 0.4), stitched_weak=(0.45, 0.15),
-        Tweedie_low=(0.58, 0.1), Tweedie_mid=(0.65, 0.3), Tweedie_slow=(0.66, 0.5), Tweedie_high=(0.7, 0.35),
-    )  # fmt: skip
-    fast, best = payback.payback(methods, 24.95)
-    assert fast["stitched"] == "stitched_fast" and fast["tweedie"] == "Tweedie_mid" and fast["images"] == 250
-    assert fast["saved_per_image"] == pytest.approx(0.1)
-    assert best["stitched"] == "stitched_best" and best["tweedie"] == "Tweedie_high" and best["images"] is None
-    methods["stitched_best"]["reward"] = 0.8
-    assert payback.payback(methods, 24.95)[1]["tweedie"] is None
+def test_each_stitched_setting_meets_the_fastest_tweedie_of_its_reward():
+    methods = {
+        "unguided": (0.5, 0.1),
+        "stitched fast": (0.6, 0.2), "stitched beaten": (0.55, 0.3), "stitched best": (0.7, 0.4),
+        "stitched weak": (0.45, 0.15), "Tweedie low": (0.58, 0.1), "Tweedie mid": (0.65, 0.3),
+        "Tweedie slow": (0.66, 0.5), "Tweedie high": (0.7, 0.35),
+    }  # fmt: skip
+    figures = {name: {"reward": reward, "seconds_per_image": seconds} for name, (reward, seconds) in methods.items()}
+    result = {"figures": figures, "seconds": {"search": 4.95, "finetuning": 20.0}}
+    assert payback(result, "reward") == [
+        {"stitched": "stitched fast", "tweedie": "Tweedie mid", "images": 250},  # 24.95 s over 0.1 s
+        {"stitched": "stitched best", "tweedie": "Tweedie high", "images": None},
+    ]
+    figures["stitched best"]["reward"] = 0.8
+    assert payback(result, "reward")[1] == {"stitched": "stitched best", "tweedie": None, "images": None}
+    fast, best = payback_table(result, "reward")[2:]
+    assert fast == "| stitched fast | 0.600 | 0.20 | Tweedie mid | 0.650 | 0.30 | 250 |"
+    assert best == "| stitched best | 0.800 | 0.40 | none reaches it |  |  |  |"
 
 
 @pytest.mark.slow
-def test_payback_measures_both_stages_and_both_methods(payback, report, tmp_path, capsys):
-    result = payback.measure(pictures=64, prompts=1, steps=[2, 3])
+def test_payback_measures_both_stages_and_both_methods(program, report, tmp_path, capsys):
+    result = program.measure(pictures=64, prompts=1, steps=[2, 3])
     capsys.readouterr()
     assert result["training_steps"] == 3 and result["layer"] == 1
     assert len(result["seconds"]) == 3 and all(seconds > 0 for seconds in result["seconds"].values())
     assert list(result["figures"])[0] == "unguided" and len(result["figures"]) == 1 + 2 * 2 * 2
-    for row in result["payback"]:
-        assert result["figures"][row["stitched"]]["reward"] > result["figures"]["unguided"]["reward"]
     write(tmp_path, "payback", {"shared_machine": True, **result})
     text = report.page(tmp_path)
     assert "3 steps of 64 images" in text and "Other programs ran" in text
@@ -89,11 +89,11 @@ def test_payback_measures_both_stages_and_both_methods(payback, report, tmp_path
 
 
 @pytest.mark.slow
-def test_the_committed_predictions_are_the_planners(payback):
+def test_the_committed_predictions_are_the_planners(program):
     committed = json.loads((BENCHMARKS / "results" / "payback_planner.json").read_text())
-    assert list(committed["backbones"]) == list(payback.BACKBONES)
+    assert list(committed["backbones"]) == list(program.BACKBONES)
     dps = committed["backbones"]["sd3.5-medium"]["dps"]
-    pieces, device = Pieces(ARCHITECTURES["sd3.5-medium"], (payback.TOWER,), 1024, 4, 1), DEVICES[payback.DEVICE]
+    pieces, device = Pieces(ARCHITECTURES["sd3.5-medium"], (program.TOWER,), 1024, 4, 1), DEVICES[program.DEVICE]
     ways = Scenarios(pieces, 1)
     cost = ways.shared("save") * dps["steps"]
     stitched = seconds(cost, device) + seconds(pieces.rewards.decode(1), device)
