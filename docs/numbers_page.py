@@ -5,24 +5,29 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-MIB = 2**20
+from stitchvm_ext.bench.pages import (
+    MIB,
+    Lines,
+    Result,
+    alignment_table,
+    document,
+    is_of_suite,
+    payback_table,
+    read_results,
+    setup_of,
+    stage_hours_table,
+    suite_table,
+    table,
+)
 
-Result = dict[str, Any]
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RESULTS = BENCHMARKS / "results"
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
-    lines = [list(head), *([str(cell) for cell in row] for row in rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
-
-
-def guidance(result: Result) -> list[str]:
+def guidance(result: Result) -> Lines:
     def row(name: str, f: dict[str, float]):
         scores = [f"{f[k]:.3f}" for k in ("reward", "held_out_reward")]
         shares = [f"{f[k]:.2f}" for k in ("objects", "colors", "count", "seconds_per_image")]
@@ -41,7 +46,7 @@ def guidance(result: Result) -> list[str]:
     ]
 
 
-def noise_levels(result: Result) -> list[str]:
+def noise_levels(result: Result) -> Lines:
     measures = {"r_at_1": "retrieval R@1", "spearman": "rank correlation with the clean reward"}
     levels = [row["sigma"] for row in result["accuracy"]["stitched"]]
     return [
@@ -58,7 +63,7 @@ def noise_levels(result: Result) -> list[str]:
     ]
 
 
-def shared_prefix(result: Result) -> list[str]:
+def shared_prefix(result: Result) -> Lines:
     titles = {"plain": "no value", "shared": "shared prefix", "separate": "a prefix of its own"}
     passes, seconds = result["denoiser_evaluations_per_image"], result["seconds_per_image"]
     difference = result["largest_difference_after_all_steps"]["images"]
@@ -73,7 +78,7 @@ def shared_prefix(result: Result) -> list[str]:
     ]
 
 
-def timed_rows(result: Result) -> list[str]:
+def timed_rows(result: Result) -> Lines:
     """Seconds and peak memory by implementation and dtype."""
     names = [name for name, entry in result["rows"][0].items() if isinstance(entry, dict) and "median_ms" in entry]
     dtypes = [row["dtype"] for row in result["rows"]]
@@ -90,7 +95,7 @@ def timed_rows(result: Result) -> list[str]:
     )
 
 
-def value_gradient(result: Result) -> list[str]:
+def value_gradient(result: Result) -> Lines:
     settings = result["settings"]
     return [
         "## A value gradient at true width",
@@ -100,7 +105,7 @@ def value_gradient(result: Result) -> list[str]:
     ]
 
 
-def denoiser(result: Result) -> list[str]:
+def denoiser(result: Result) -> Lines:
     settings = result["settings"]
     return [
         "## A denoising pass at true width",
@@ -110,7 +115,7 @@ def denoiser(result: Result) -> list[str]:
     ]
 
 
-def value_memory(result: Result) -> list[str]:
+def value_memory(result: Result) -> Lines:
     settings = result["settings"]
     return [
         f"## Activations kept for the value gradient, {settings['tower']}",
@@ -127,7 +132,7 @@ def value_memory(result: Result) -> list[str]:
     ]
 
 
-def search(result: Result) -> list[str]:
+def search(result: Result) -> Lines:
     grid = result["whole_grid"]
     return [
         "## The closed-form search",
@@ -147,16 +152,176 @@ def search(result: Result) -> list[str]:
     ]
 
 
-# In the order of the page. What is not here is in the last table alone.
-SECTIONS: dict[str, Callable[[Result], list[str]]] = {
+def inference_methods(result: Result) -> Lines:
+    scores = ("reward", "held_out_reward", "objects")
+    passes = ("denoiser", "value", "decoder")
+    return [
+        "## Inference-time methods",
+        f"{result['prompts']} held-out prompts, {result['seeds']} seeds each, {result['steps']} steps, guidance scale "
+        f"{result['guidance_scale']:g}; means with standard errors over prompts, and forward passes per image.",
+        *table(
+            ("", "target reward", "held-out reward", "objects", "diversity", *passes),
+            [
+                [
+                    name,
+                    *(f"{row[k]['mean']:.3f} ± {row[k]['standard_error']:.3f}" for k in scores),
+                    f"{row['diversity']['mean']:.3f}",
+                    *(f"{row['evaluations_per_image'][k]:.0f}" for k in passes),
+                ]
+                for name, row in result["methods"].items()
+            ],
+        ),
+    ]
+
+
+def gap(result: Result) -> Lines:
+    def best(figures: Result, method: str) -> str:
+        return f"{max(row['reward'] for name, row in figures.items() if name.startswith(method)):.3f}"
+
+    return [
+        "## Generator, stage 2, and the gap in the target reward",
+        f"{result['prompts']} prompts, {result['steps']} steps; target reward, of each method at the better strength.",
+        *table(
+            ("steps of the generator", "epochs of stage 2", "unguided", "StitchVM-DPS", "Tweedie-DPS"),
+            [
+                [
+                    f"{cell['generator_steps']:,}",
+                    cell["stage_2_epochs"],
+                    *(best(cell["figures"], method) for method in ("unguided", "stitched", "Tweedie")),
+                ]
+                for cell in result["cells"].values()
+            ],
+        ),
+    ]
+
+
+def proposal_spread(result: Result) -> Lines:
+    return [
+        "## What a value can choose between",
+        f"{result['proposals']} proposals for the next latent, {result['prompts']} prompts: the spread of their values "
+        "by the two estimators, and the correlation between these.",
+        *table(
+            ("noise level", "spread, stitched", "spread, Tweedie", "correlation"),
+            [[f"{row[k]:.3f}" for k in ("sigma", "stitched", "Tweedie", "correlation")] for row in result["rows"]],
+        ),
+    ]
+
+
+def payback_section(result: Result) -> Lines:
+    return [
+        "## After how many images stitching pays",
+        "On the playground, stages and images in one run. [Open questions](report.md) says how to read it.",
+        *payback_table(result, "reward"),
+        "By the held-out reward:",
+        *payback_table(result, "held_out_reward"),
+    ]
+
+
+def payback_planner(result: Result) -> Lines:
+    return [
+        "## What stitching costs on large backbones",
+        f"GPU-hours on {result['device']} for {result['reward']}, predicted by the planner; nothing was run.",
+        *stage_hours_table(result),
+    ]
+
+
+def alignment(result: Result) -> Lines:
+    return [
+        "## Training with clean rewards and stitched values",
+        "A LoRA of the playground's generator; means with standard errors over seeds. See [open questions](report.md).",
+        *alignment_table(result),
+    ]
+
+
+def ops(result: Result) -> Lines:
+    """One row per case and pass, the dtypes beside each other."""
+    rows: dict[tuple[str, str], dict[str, Result]] = {}
+    for row in result["rows"]:
+        rows.setdefault((row["case"], row["pass"]), {})[row["dtype"]] = row
+    dtypes = result["settings"]["dtypes"]
+
+    def cells(row: Result | None) -> Lines:
+        if row is None:
+            return [""] * 4
+        speedups = (f"{row['speedup'][k]:.2f}" if k in row["speedup"] else "" for k in ("eager", "compile"))
+        return [f"{row['kernel']['median_ms']:.3g}", *speedups, f"{row['bandwidth_share']:.2f}"]
+
+    side = result["settings"]["side"]
+    return [
+        f"## Fused operators, {side}x{side} image tokens",
+        f'On {result["settings"]["device"]}. "eager" and "compile": the time of the other implementation over the '
+        'kernel\'s; "copy": the time of copying as many bytes over it.',
+        *table(
+            ("", "pass", *(f"{d}{what}" for d in dtypes for what in (" ms", " eager", " compile", " copy"))),
+            [[*name, *(cell for d in dtypes for cell in cells(found.get(d)))] for name, found in rows.items()],
+        ),
+    ]
+
+
+def training_latents(result: Result) -> Lines:
+    trained_on = ("real images", "generated images", "rollouts")
+
+    def against(row: Result, name: str) -> str:
+        return f"{row[f'{name} rmse']:.3f}, {row[f'{name} spearman']:.2f}"
+
+    return [
+        "## Latents to train on",
+        f"Values trained on three kinds of latents, at {result['settings']['latents']} latents against Monte Carlo, "
+        f"{result['settings']['rollouts']} rollouts each: root mean squared error, rank correlation.",
+        *table(
+            ("latents", "noise level", *trained_on),
+            [
+                [
+                    where,
+                    f"{row['sigma']:.2f}",
+                    *(f"{row[f'{n} rmse']:.3f}, {row[f'{n} spearman']:.2f}" for n in trained_on),
+                ]
+                for where, rows in result["against_monte_carlo"].items()
+                for row in rows
+            ],
+        ),
+    ]
+
+
+def stitch_tokens(result: Result) -> Lines:
+    return [
+        "## Position and class tokens at j > 1",
+        f"Depth {result['depth']}, {result['steps']} steps, means of {result['seeds']} seeds, {result['held_out']} "
+        "held-out pictures: retrieval R@1 by noise level.",
+        *table(
+            ("j", "tokens", *(f"{level:g}" for level in result["sigmas"])),
+            [
+                [row["layer"], row["tokens"], *(f"{share:.3f}" for share in row["after"]["r_at_1"])]
+                for row in result["values"]
+            ],
+        ),
+    ]
+
+
+def of_the_suite(name: str, result: Result) -> Lines:
+    return [f"## `stitchvm bench`: `{name}`", setup_of(result), *suite_table(result)]
+
+
+# In the order of the page; those of `stitchvm bench` come after.
+SECTIONS: dict[str, Callable[[Result], Lines]] = {
     "guidance": guidance,
+    "inference_methods": inference_methods,
+    "gap": gap,
+    "proposal_spread": proposal_spread,
+    "payback": payback_section,
+    "payback_planner": payback_planner,
+    "alignment": alignment,
     "noise_levels": noise_levels,
+    "on_policy": training_latents,  # MkDocs takes every name on_... for an event
+    "stitch_tokens": stitch_tokens,
     "shared_prefix": shared_prefix,
     "value_gradient": value_gradient,
     "denoiser": denoiser,
     "value_memory_1024px_vit-l-14-336": value_memory,
     "value_memory_1024px_vit-h-14": value_memory,
     "search": search,
+    "ops": ops,
+    "ops_1024px": ops,
 }
 
 INTRODUCTION = """\
@@ -169,8 +334,9 @@ embedded model say how the methods compare, not what they reach on a large one; 
 
 
 def page(results: Path = RESULTS) -> str:
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    found = read_results(results)
     blocks = [[INTRODUCTION.rstrip()], *(make(found[name]) for name, make in SECTIONS.items() if name in found)]
+    blocks += [of_the_suite(name, result) for name, result in found.items() if is_of_suite(result)]
     blocks.append(["## All results", "Files, and the machine and commit that each was measured on."])
     machines = {name: result["machine"] for name, result in found.items() if "machine" in result}
     blocks.append(
@@ -182,20 +348,15 @@ def page(results: Path = RESULTS) -> str:
             ],
         )
     )
-    text = []
-    for block in blocks:
-        for line in block:
-            if text and not (line.startswith("|") and text[-1].startswith("|")):
-                text.append("")
-            text.append(line)
-    return "\n".join(text) + "\n"
+    return document(blocks)
 
 
 def on_files(files, config):
-    """MkDocs: adds the page to the site."""
+    """MkDocs: adds the page, and the report beside it, to the site."""
     from mkdocs.structure.files import File
 
     files.append(File.generated(config, "numbers.md", content=page()))
+    files.append(File.generated(config, "report.md", content=(BENCHMARKS / "REPORT.md").read_text()))
     return files
 
 

@@ -17,6 +17,7 @@ QUESTIONS = {
     "search": "search",
     "stage2": "stage2",
     "nft": "nft",
+    "draft": "draft",
 }
 """The module of :mod:`stitchvm_ext.bench` that answers it."""
 
@@ -40,8 +41,8 @@ def bench(
     Args:
         name: guided-step: one step of plain sampling, of Tweedie-DPS and of StitchVM-DPS; value-gradient: V and its
             gradient by themselves; proposal: V alone, as particle methods ask for it; search: the closed-form search
-            against a least-squares solution per pair; stage2: images per second with and without caches; nft: an
-            iteration of DiffusionNFT (playground alone).
+            against a least-squares solution per pair; stage2: images per second with and without caches; nft, draft: an
+            iteration of DiffusionNFT or DRaFT, with a clean reward and with a stitched value (playground alone).
         scale: playground is the small model that ships with this package, with its trained weights; quarter a quarter
             of SD3.5 Medium at its true width, with its autoencoder; real the whole of it with ViT-L/14-336, random
             bfloat16 weights (7 GB, and as much again for Tweedie-DPS; minutes per round on a CPU).

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from stitchvm_ext.bench import nft, search, stage2
+from stitchvm_ext.bench import draft, nft, search, stage2
+from stitchvm_ext.bench.suite import PROBE
 from stitchvm_ext.cli.bench import bench
 
 
@@ -29,6 +30,18 @@ def test_nft_iterations(tmp_path, monkeypatch):
     assert 0 < rows[nft.STITCHED]["flops"] < rows[nft.CLEAN]["flops"]
 
 
+def test_draft_iterations(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(draft, "SAMPLES", 2)
+    monkeypatch.setattr(draft, "STEPS", 6)
+    monkeypatch.setattr(draft, "STOP", (3, 3))
+    bench("draft", out=tmp_path, device="cpu", rounds=2)
+    rows = result(tmp_path, "draft")["variants"]
+    assert list(rows) == [*draft.CLEAN.values(), draft.STITCHED, PROBE]
+    assert 0 < rows[draft.STITCHED]["flops"] < rows[draft.CLEAN[1]]["flops"] < rows[draft.CLEAN[3]]["flops"]
+    assert rows[draft.STITCHED]["kept_bytes"] < rows[draft.CLEAN[1]]["kept_bytes"] < rows[draft.CLEAN[3]]["kept_bytes"]
+    assert "of the time of: DRaFT-3" in capsys.readouterr().out
+
+
 def test_search_against_lstsq(tmp_path, monkeypatch):
     monkeypatch.setitem(search.SIZES, "playground", (16, 3, 12, 9, 32, 40))
     bench("search", out=tmp_path, device="cpu", rounds=2)
@@ -40,7 +53,8 @@ def test_search_against_lstsq(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("nft", {"scale": "real"}, "scale: expected playground for an iteration of NFT, got 'real'"),
+        ("nft", {"scale": "real"}, "scale: expected playground for an iteration of training, got 'real'"),
+        ("draft", {"scale": "quarter"}, "scale: expected playground for an iteration of training, got 'quarter'"),
         ("search", {"pixels": 64}, "pixels: expected none"),
         ("stage2", {"profile": True}, "profile: expected one of"),
     ],
