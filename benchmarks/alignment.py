@@ -1,11 +1,11 @@
-"""Training for a reward on the playground: DRaFT, DiffusionNFT and DPO, with the clean reward and with the stitched value.
+"""Training for a reward on the playground: DRaFT, DiffusionNFT and DPO, with the clean reward and the stitched value.
 
     python benchmarks/alignment.py
 
 Every run starts from the embedded generator and is judged by the clean reward, a held-out reward and the exact checker
 on held-out prompts, sampled without guidance by the moving average of its weights. Seconds are the processor's, of one
-thread, and like the network evaluations those of training alone. A run that was stopped goes on; ``--runs`` makes some of them, in a process per core, and the
-call without it collects all. Writes results/alignment.json and alignment.png.
+thread, and like the network evaluations those of training alone. A run that was stopped goes on; ``--runs`` makes some
+of them, in a process per core, and the call without it collects all. Writes results/alignment.json and alignment.png.
 """
 
 from __future__ import annotations

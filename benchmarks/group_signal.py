@@ -54,7 +54,9 @@ def main() -> None:
     rows = []
     for k, sigma in enumerate(sigmas[1:]):
         rows.append({"step": k + 1, "sigma": sigma} | {n: within(v[k], final) for n, v in values.items()})
-        print(f"step {k + 1:2d}, sigma {sigma:.3f}: " + ", ".join(f"{n} {rows[-1][n]:+.2f}" for n in values), flush=True)
+        print(
+            f"step {k + 1:2d}, sigma {sigma:.3f}: " + ", ".join(f"{n} {rows[-1][n]:+.2f}" for n in values), flush=True
+        )
     settings = {"prompts": args.prompts, "group_size": args.group_size, "steps": args.steps}
     print(f"wrote {save('group_signal', settings | {'within': within(final, final, scale=True), 'rows': rows})}")
 

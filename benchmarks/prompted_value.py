@@ -4,8 +4,8 @@
     python benchmarks/prompted_value.py rollouts
 
 On the playground, with the pictures, steps and settings of the embedded value, whose backbone reads the null text:
-``captions`` has the backbone read the pictures' captions; ``rollouts`` learns from the generator's own trajectories under
-training captions, each with the reward at its end. A call that was stopped goes on. Writes WORK/captions or
+``captions`` has the backbone read the pictures' captions; ``rollouts`` learns from the generator's own trajectories
+under training captions, each with the reward at its end. A call that was stopped goes on. Writes WORK/captions or
 WORK/rollouts.
 """
 
