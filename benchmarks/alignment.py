@@ -1,6 +1,9 @@
 """Training for a reward on the playground: DRaFT, DiffusionNFT and DPO, with the clean reward and the stitched value.
 
-    python benchmarks/alignment.py
+    python benchmarks/alignment.py --value prompted_values/captions
+
+The stitched value of the result is one that reads the prompt (see prompted_value.py): the embedded one, which does not,
+tells samples of one prompt hardly apart at these noise levels (see group_signal.py).
 
 Every run starts from the embedded generator and is judged by the clean reward, a held-out reward and the exact checker
 on held-out prompts, sampled without guidance by the moving average of its weights. Seconds are the processor's, of one
@@ -36,11 +39,11 @@ from stitchvm_ext.training import (
 SEEDS = (0, 1, 2)
 COMMON = {"lora_rank": 16, "lora_alpha": 32, "eval_steps": 20, "max_sequence_length": 0, "rollout_batch_size": 32,
           "train_batch_size": 32, "save_every": 5}  # fmt: skip
-DRAFT = {"iterations": 60, "prompts_per_iteration": 16, "num_inference_steps": 10, "learning_rate": 3e-4,
+DRAFT = {"iterations": 40, "prompts_per_iteration": 16, "num_inference_steps": 10, "learning_rate": 5e-4,
          "kl_weight": 0.01, "eval_every": 10}  # fmt: skip
-NFT = {"iterations": 15, "prompts_per_iteration": 8, "group_size": 12, "num_inference_steps": 10, "learning_rate": 1e-3,
+NFT = {"iterations": 12, "prompts_per_iteration": 8, "group_size": 12, "num_inference_steps": 10, "learning_rate": 1e-3,
        "kl_weight": 0.0, "timestep_fraction": 0.5, "updates_per_iteration": 4, "eval_every": 3}  # fmt: skip
-DPO = {"iterations": 30, "prompts_per_iteration": 8, "group_size": 12, "num_inference_steps": 10, "learning_rate": 1e-3,
+DPO = {"iterations": 15, "prompts_per_iteration": 8, "group_size": 12, "num_inference_steps": 10, "learning_rate": 1e-3,
        "pairs_per_group": 4, "levels_per_pair": 2, "eval_every": 5}  # fmt: skip
 HALFWAY, EARLY = (5, 7), (3, 7)  # METHOD.md §6: 12-17 of 25 steps for NFT, 3-7 of 10 for DRaFT
 
@@ -92,6 +95,7 @@ def main() -> None:
         return
     settings = {name: describe(config) for name, (_, config) in TRAINERS.items()}
     result = {"prompts": args.prompts, "eval_prompts": args.eval_prompts, "settings": settings, "runs": runs}
+    result["stitched_value"] = args.value.name if args.value else "embedded"
     for run in runs:
         first, last = run["curve"][0], run["curve"][-1]
         figures = ", ".join(f"{m} {first[m]:.3f} -> {last[m]:.3f}" for m in MEASURES)

@@ -1,18 +1,21 @@
 """Reward against denoiser evaluations: best-of-N, FK steering and DPS, with Tweedie's value and the stitched one.
 
     python benchmarks/inference_methods.py
+    python benchmarks/inference_methods.py --prompted prompted_values/captions
 
 Held-out prompts that no setting was chosen on, several seeds each. Target reward, held-out reward, exact checker and a
 diversity measure (mean distance between the seeds' pictures of one prompt in the held-out reward's embedding), with
 standard errors over prompts; evaluations of the networks as :func:`guided_sample` counts them. An interrupted run goes
-on. Writes results/inference_methods.json and .png.
+on. Writes results/inference_methods.json and .png; with ``--prompted``, a stitched value that reads the prompt (see
+prompted_value.py) beside some of the others, results/inference_methods_prompted.json and .png.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from stitchvm_ext import TweedieValue
+from stitchvm_ext import StitchedValue, TweedieValue
 from stitchvm_ext.bench.harness import RESULTS, save
 from stitchvm_ext.evaluation import Contender, compare
 from stitchvm_ext.playground import load_pipeline, load_reward, load_value
@@ -38,6 +41,14 @@ METHODS = {
     "DPS-stitched, sigma 2": ("dps", "stitched", {"strength": 2.0, "schedule": "sigma"}),
     "DPS-stitched, constant 0.25": ("dps", "stitched", {"strength": 0.25}),
 }
+EARLY = {"proposal_window": (0.0, 0.5)}  # this value tells pictures apart sooner (group_signal.py)
+PROMPTED = {
+    **{name: METHODS[name] for name in ("unguided", "FK-Tweedie (2)", "FK-Tweedie (4)", "DPS-Tweedie, sigma 2")},
+    "FK-prompted (1, 4)": ("fk", "prompted", {"num_particles": 1, "num_proposals": 4, **EARLY, **SDE}),
+    "FK-prompted (2, 1)": ("fk", "prompted", {"num_particles": 2, **SDE}),
+    "FK-prompted (2, 2)": ("fk", "prompted", {"num_particles": 2, "num_proposals": 2, **EARLY, **SDE}),
+    "DPS-prompted, sigma 2": ("dps", "prompted", {"strength": 2.0, "schedule": "sigma"}),
+}
 
 
 def main() -> None:
@@ -47,23 +58,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--batch-size", type=int, default=64, help="latents at a time")
+    parser.add_argument("--prompted", type=Path, metavar="FOLDER", help="of a stitched value that reads the prompt")
     args = parser.parse_args()
 
     pipe, reward = load_pipeline(), load_reward("clip")
     rewards = {"reward": reward, "held_out_reward": load_reward("clip", held_out=True)}
     values = {None: None, "stitched": load_value(pipe), "Tweedie": TweedieValue(pipe, reward)}
+    name = "inference_methods"
+    if args.prompted:
+        name, values["prompted"] = f"{name}_prompted", StitchedValue.from_pretrained(args.prompted, pipe)
     contenders = [
-        Contender(name, values[value], {"method": method, **({} if method == "dps" else {"reward": reward}), **options})
-        for name, (method, value, options) in METHODS.items()
+        Contender(title, values[value], {"method": method, **({} if method == "dps" else {"reward": reward}), **chosen})
+        for title, (method, value, chosen) in (PROMPTED if args.prompted else METHODS).items()
     ]
     found = compare(
         pipe, contenders, held_out_prompts(USED_FOR_CHOOSING + args.prompts)[USED_FOR_CHOOSING:], rewards,
         images_per_prompt=args.seeds, prompts_per_batch=16, measures=checker_measures,
-        work_dir=RESULTS.parent / ".inference_methods", num_inference_steps=args.steps,
+        work_dir=RESULTS.parent / f".{name}", num_inference_steps=args.steps,
         guidance_scale=args.guidance_scale, batch_size=args.batch_size,
     )  # fmt: skip
     settings = {k: getattr(args, k) for k in ("prompts", "seeds", "steps", "guidance_scale")}
-    path = save("inference_methods", {**settings, "methods": found.figures})
+    path = save(name, {**settings, "methods": found.figures})
     found.plot(path.with_suffix(".png"))
     print(f"\n{found.table()}\n\nwrote {path}")
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -152,11 +153,11 @@ def search(result: Result) -> Lines:
     ]
 
 
-def inference_methods(result: Result) -> Lines:
+def inference_methods(result: Result, title: str = "Inference-time methods") -> Lines:
     scores = ("reward", "held_out_reward", "objects")
     passes = ("denoiser", "value", "decoder")
     return [
-        "## Inference-time methods",
+        f"## {title}",
         f"{result['prompts']} held-out prompts, {result['seeds']} seeds each, {result['steps']} steps, guidance scale "
         f"{result['guidance_scale']:g}; means with standard errors over prompts, and forward passes per image.",
         *table(
@@ -164,8 +165,8 @@ def inference_methods(result: Result) -> Lines:
             [
                 [
                     name,
-                    *(f"{row[k]['mean']:.3f} ± {row[k]['standard_error']:.3f}" for k in scores),
-                    f"{row['diversity']['mean']:.3f}",
+                    *(f"{row['means'][k]:.3f} ± {row['standard_errors'][k]:.3f}" for k in scores),
+                    f"{row['means']['diversity']:.3f}",
                     *(f"{row['evaluations_per_image'][k]:.0f}" for k in passes),
                 ]
                 for name, row in result["methods"].items()
@@ -203,6 +204,20 @@ def proposal_spread(result: Result) -> Lines:
         *table(
             ("noise level", "spread, stitched", "spread, Tweedie", "correlation"),
             [[f"{row[k]:.3f}" for k in ("sigma", "stitched", "Tweedie", "correlation")] for row in result["rows"]],
+        ),
+    ]
+
+
+def group_signal(result: Result) -> Lines:
+    names = [name for name in result["rows"][0] if name not in ("step", "sigma")]
+    return [
+        "## What a value tells apart among samples of one prompt",
+        f"{result['prompts']} prompts, {result['group_size']} deterministic rollouts of {result['steps']} steps each: "
+        'the correlation, within prompts, with the clean reward that a rollout ends with. "captions" and '
+        '"rollouts" read the prompt, and learned from captioned pictures and from the generator\'s own rollouts.',
+        *table(
+            ("noise level", *names),
+            [[f"{row['sigma']:.3f}", *(f"{row[name]:.2f}" for name in names)] for row in result["rows"]],
         ),
     ]
 
@@ -306,6 +321,10 @@ def of_the_suite(name: str, result: Result) -> Lines:
 SECTIONS: dict[str, Callable[[Result], Lines]] = {
     "guidance": guidance,
     "inference_methods": inference_methods,
+    "inference_methods_prompted": functools.partial(
+        inference_methods, title="Inference-time methods, with a value that reads the prompt"
+    ),
+    "group_signal": group_signal,
     "gap": gap,
     "proposal_spread": proposal_spread,
     "payback": payback_section,
