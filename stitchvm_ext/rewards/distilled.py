@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..tensor_files import write_partial
 from .base import RewardModel, RewardOutput
 from .scalar_head import ScalarHead
 
@@ -144,18 +145,13 @@ class DistilledReward(RewardModel):
         Raises:
             ValueError: the tower was built in memory, so that it could not be found again.
         """
-        from safetensors.torch import save_file
-
         if self.describe()["reference"] is None:
             raise ValueError(
                 "student: its tower was built in memory; expected one loaded from files to save this reward"
             )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in self._own_state().items()},
-            folder / "model.safetensors.partial",
-        )
+        write_partial(folder / "model.safetensors", self._own_state())
         config = {"format_version": FORMAT_VERSION, "reward": self.describe()}
         (folder / "config.json.partial").write_text(json.dumps(config, indent=1))
         for name in ("model.safetensors", "config.json"):

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..tensor_files import write_partial
 from .model_card import model_card
 
 FORMAT_VERSION = 1
@@ -19,10 +20,8 @@ FILES = ("model.safetensors", "README.md", "config.json")
 
 def write_folder(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Write all files under temporary names, then rename them, the configuration last."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, folder / "model.safetensors.partial")
+    write_partial(folder / "model.safetensors", state)
     _write_texts(folder, config)
     for name in FILES:
         (folder / f"{name}.partial").replace(folder / name)

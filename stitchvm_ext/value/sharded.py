@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tensor_files import write_partial
+
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
@@ -49,14 +51,9 @@ class ShardWriter:
 
     def write(self, shard: int, rows: dict[str, Tensor], texts: list[str | None] | None = None) -> None:
         """Write a shard of tensors [rows, ...], with a text per row if there are any."""
-        from safetensors.torch import save_file
-
         self.folder.mkdir(parents=True, exist_ok=True)
         path = shard_path(self.folder, shard)
-        partial = path.with_name(path.name + ".partial")
-        metadata = {"digest": self.digest, "texts": json.dumps(texts)}
-        save_file({name: t.cpu().contiguous() for name, t in rows.items()}, partial, metadata)
-        partial.replace(path)
+        write_partial(path, rows, {"digest": self.digest, "texts": json.dumps(texts)}).replace(path)
 
     def finish(self, count: int) -> None:
         """All ``count`` rows are there: drop shards of another identity and write manifest.json."""
