@@ -1,9 +1,11 @@
-"""Runs of a test's own program: in one process, in several under torchrun, and killed again and again."""
+"""Runs of a test's own program, in one process, in several under torchrun, and killed again and again; a full disk."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -68,3 +70,16 @@ def kill_repeatedly(
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         print(f"killed={os.waitstatus_to_exitcode(status) == -signal.SIGKILL} step={step()}", flush=True)
+
+
+@contextlib.contextmanager
+def file_limit(size):
+    """Within the ``with``, no file of this process grows beyond ``size`` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
-import resource
-import signal
 from dataclasses import replace
 
 import pytest
@@ -16,6 +13,7 @@ import torch
 from stitchvm_ext.training import CleanReward, Trainer, TrainingConfig
 from stitchvm_ext.training import checkpoint as checkpoints
 from tests import tiny
+from tests.programs import file_limit
 from tests.training.build import PROMPTS, comparable, weights
 
 CONFIG = TrainingConfig(
@@ -156,19 +154,6 @@ def test_writers_that_run_out_of_room_leave_the_last_good_checkpoint(reward, tmp
             trainer.export(tmp_path)
     assert checkpoints.list_checkpoints(folder) == good and not list(folder.glob(".*"))
     assert make(tmp_path, reward).iteration == 1
-
-
-@contextlib.contextmanager
-def file_limit(size):
-    """Within the ``with``, no file of this process grows beyond ``size`` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(reward, tmp_path):
