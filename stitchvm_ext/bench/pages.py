@@ -128,7 +128,10 @@ def seconds_until(curves: list[Curve], held_out_reward: float) -> float | None:
 
 
 def alignment_table(result: Result) -> Lines:
-    """One row per method: rewards at the end, what the run cost, and when it was as good as DiffusionNFT's end."""
+    """One row per method: what a run gained, what it cost, and when it was as good as DiffusionNFT's end.
+
+    Gains, not ends: every seed has pictures of its own to begin with.
+    """
     goal = clean_nft_reaches(result)
 
     def reached(curves: list[Curve]) -> str:
@@ -139,9 +142,11 @@ def alignment_table(result: Result) -> Lines:
 
     def row(name: tuple[str, str], curves: list[Curve]) -> Lines:
         ends = [curve[-1] for curve in curves]
+        measures = ("target_reward", "held_out_reward", "objects")
+        gains = [[curve[-1][key] - curve[0][key] for curve in curves] for key in measures]
         return [
             ", ".join(name),
-            *(mean_of([end[key] for end in ends]) for key in ("target_reward", "held_out_reward", "objects")),
+            *map(mean_of, gains),
             *(f"{statistics.mean(end[key] for end in ends):.0f}" for key in ("seconds", "denoiser_evaluations")),
             reached(curves),
         ]

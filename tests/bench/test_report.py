@@ -134,6 +134,7 @@ def run(method: str, value: str, seed: int, *held_out: float, pace: float) -> di
 def alignment():
     return {
         "settings": {},
+        "eval_prompts": 16,
         "runs": [
             run("nft", "clean", 0, 0.5, 0.6, 0.7, pace=100),
             run("nft", "clean", 1, 0.5, 0.6, 0.8, pace=100),
@@ -147,11 +148,12 @@ def alignment():
 def test_preference_optimisation(report, alignment, tmp_path):
     write(tmp_path, "alignment", alignment)
     text = report.page(tmp_path)
-    assert "means over 2 seeds" in text and "held-out reward 0.500" in text
+    flowing = " ".join(text.split())
+    assert "mean over 2 seeds" in flowing and "held-out reward 0.500" in flowing
     assert rows_of(text, "## Against preference optimisation") == [
-        ["nft, clean", "0.850 ± 0.050", "0.750 ± 0.050", "0.900 ± 0.000", "200", "200", "200"],
-        ["nft, stitched", "0.800 ± 0.000", "0.700 ± 0.000", "0.900 ± 0.000", "100", "200", "50"],
-        ["dpo, clean", "0.700", "0.600", "0.900", "20", "200", "not reached"],
+        ["nft, clean", "0.250 ± 0.050", "0.250 ± 0.050", "0.000 ± 0.000", "200", "200", "200"],
+        ["nft, stitched", "0.200 ± 0.000", "0.200 ± 0.000", "0.000 ± 0.000", "100", "200", "50"],
+        ["dpo, clean", "0.100", "0.100", "0.000", "20", "200", "not reached"],
     ]
 
 
