@@ -164,7 +164,7 @@ def curve(rows: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Three measures against seconds and against denoiser evaluations: the mean over seeds and its standard error."""
+    """What was gained by three measures, against seconds and denoiser evaluations: mean over seeds, standard error."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
@@ -177,12 +177,12 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
             for method, value in names:
                 curves = [run["curve"] for run in runs if (run["method"], run["value"]) == (method, value)]
                 x = torch.tensor([[point[cost] for point in c] for c in curves]).mean(0)
-                y = torch.tensor([[point[measure] for point in c] for c in curves])
+                y = torch.tensor([[point[measure] - c[0][measure] for point in c] for c in curves])
                 error = y.std(0) / len(curves) ** 0.5 if len(curves) > 1 else torch.zeros_like(y[0])
                 style = "--" if value == "clean" else "-"
                 ax.plot(x, y.mean(0), style, color=colors[method], label=f"{method}, {value}")
                 ax.fill_between(x, y.mean(0) - error, y.mean(0) + error, color=colors[method], alpha=0.12)
-            ax.set(xlabel=label, xscale="symlog", ylabel=measure.replace("_", " "))
+            ax.set(xlabel=label, ylabel=f"{measure.replace('_', ' ')}, gained")
             ax.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=130)
