@@ -178,7 +178,7 @@ def test_the_numbers_page_has_every_result_and_its_figures(numbers, tmp_path):
     for path in results:
         assert f"`{path.name}`" in text
         assert path.stem in numbers.SECTIONS or numbers.is_of_suite(json.loads(path.read_text())), path.name
-    assert set(numbers.SECTIONS) == {path.stem for path in results} & set(numbers.SECTIONS)
+    assert set(numbers.SECTIONS) <= {path.stem for path in results}
     result = json.loads((numbers.RESULTS / "guidance.json").read_text())
     result["comparison"]["unguided"]["reward"] = 0.12345
     (tmp_path / "guidance.json").write_text(json.dumps(result))
