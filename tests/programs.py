@@ -45,8 +45,8 @@ def kill_repeatedly(
         step: how far the last such state is.
         seed: of the moments.
         early: so many kills may come at any time; the others come after the run has written something.
-        longest: seconds to wait from there on, at most; the run's next state ends the wait too, so that a fast
-            machine's run, of three states or more per kill, does not end before its kills do.
+        longest: seconds to wait from there on, at most; the run's next state ends the wait too. A kill so costs
+            two states at the most, and a run of more than twice as many states as kills is not over before them.
     """
     from matplotlib.figure import Figure
 
