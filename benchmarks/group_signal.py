@@ -53,19 +53,17 @@ def main() -> None:
         final[number] = CleanReward(pipe, reward).value(latents, 0.0, condition)
     rows = []
     for k, sigma in enumerate(sigmas[1:]):
-        rows.append({"step": k + 1, "sigma": sigma} | {n: within(v[k], final) for n, v in values.items()})
+        rows.append({"step": k + 1, "sigma": sigma} | {n: correlation_within(v[k], final) for n, v in values.items()})
         print(
             f"step {k + 1:2d}, sigma {sigma:.3f}: " + ", ".join(f"{n} {rows[-1][n]:+.2f}" for n in values), flush=True
         )
     settings = {"prompts": args.prompts, "group_size": args.group_size, "steps": args.steps}
-    print(f"wrote {save('group_signal', settings | {'within': within(final, final, scale=True), 'rows': rows})}")
+    print(f"wrote {save('group_signal', settings | {'rows': rows})}")
 
 
-def within(values: torch.Tensor, final: torch.Tensor, scale: bool = False) -> float:
-    """Correlation of deviations from the prompt's mean, [P, G] each; with ``scale`` their standard deviation."""
+def correlation_within(values: torch.Tensor, final: torch.Tensor) -> float:
+    """Of deviations from each prompt's mean, [prompts, group] each."""
     a, b = (t - t.mean(1, keepdim=True) for t in (values, final))
-    if scale:
-        return a.square().mean().sqrt().item()
     return torch.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
 
 
