@@ -26,6 +26,7 @@ from stitchvm_ext.value.stitching import encode_probe, untrained_value
 from stitchvm_ext.value.targets import cache_targets
 
 TEXT_OPTIONS = {"max_sequence_length": 0}
+STEPS = 10  # of a rollout, without guidance, as the trainers' are; all its states are kept
 
 
 def main() -> None:
@@ -34,9 +35,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("prompted_values"))
     parser.add_argument("--pictures", type=int, default=TRAINING_PICTURES)
     parser.add_argument("--epochs", type=int, default=CONFIG.epochs)
-    parser.add_argument("--depth", type=int, help="blocks of the backbone; by default the closed form's pick")
-    parser.add_argument("--steps", type=int, default=10, help="of a rollout")
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="of a rollout")
     args = parser.parse_args()
 
     pipe, reward = load_pipeline(), load_reward("clip")
@@ -44,7 +42,7 @@ def main() -> None:
     null = backbone_of(pipe).null_condition(pipe, **TEXT_OPTIONS)
     probe, latents = encode_probe(pipe, TensorImages(picture_tensor(pictures[:PROBE_PICTURES])), PROBE_PICTURES)
     search = search_stitch(backbone_of(pipe), reward, latents, probe, null)
-    depth, layer = args.depth or search.best.depth, search.best.layer
+    depth, layer = search.best.depth, search.best.layer
     value = untrained_value(pipe, reward, search, depth, layer, latents.shape[-2:], null, TEXT_OPTIONS, True)
 
     rest, cache = pictures[PROBE_PICTURES:], args.work / f"{args.source}_targets"
@@ -54,8 +52,8 @@ def main() -> None:
         targets = cache_targets(cache, pipe, reward, source, batch_size=64, text_options=TEXT_OPTIONS)
     else:
         targets = cache_rollouts(
-            cache, pipe, reward, captions, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
-            states=args.steps, batch_size=64, text_options=TEXT_OPTIONS, prompt_conditioned=True,
+            cache, pipe, reward, captions, num_inference_steps=STEPS, guidance_scale=1.0, states=STEPS,
+            batch_size=64, text_options=TEXT_OPTIONS, prompt_conditioned=True,
         )  # fmt: skip
     config = replace(CONFIG, epochs=args.epochs, prompt_share=1.0)
     losses = finetune(value, reward, targets, config, state_path=args.work / f"{args.source}_i{depth}.pt")
