@@ -131,9 +131,8 @@ def runs_measured(found: dict[str, Result]) -> Lines:
     return [
         "### Training runs, measured on the playground",
         paragraph(f"""
-            `alignment.json` (below), and the stages of `payback.json` for what its value of as many steps took:
-            DiffusionNFT until the mean held-out reward
-            over seeds is {goal:.3f}, with which the runs on the clean reward end.
+            `alignment.json` (below), and the stages of `payback.json`, of another value of as many steps: DiffusionNFT
+            until the mean held-out reward over seeds is {goal:.3f}, with which the runs on the clean reward end.
         """),
         *table(
             ("clean reward, s", "stitched value, s", "stitching, s", "stitching pays"),
@@ -221,7 +220,8 @@ def preference_optimisation(found: dict[str, Result]) -> Lines:
             reward ("clean") or with a stitched value of the same reward that reads the prompt; judged on
             {result["eval_prompts"]} held-out prompts, unguided. What a run gained, mean over {seeds} seeds with
             standard errors: before training the target reward is {reward:.3f} and the held-out reward
-            {held_out:.3f}. Seconds are the processor's. The last column is the training time until the mean held-out
+            {held_out:.3f}. Learning rates were tried out on some of the methods and one seed, not searched for each.
+            Seconds are the processor's. The last column is the training time until the mean held-out
             reward is that with which DiffusionNFT on the clean reward ends.
         """),
         *alignment_table(result),

@@ -152,8 +152,8 @@ def alignment_table(result: Result) -> Lines:
         ]
 
     return table(
-        ("method, value", "target reward", "held-out reward", "objects right", "s of training", "denoiser evaluations",
-         "s until clean NFT's held-out reward"),
+        ("method, value", "target reward gained", "held-out reward gained", "objects right gained", "s of training",
+         "denoiser evaluations", "s until clean NFT's held-out reward"),
         [row(name, curves) for name, curves in curves_of(result).items()],
     )  # fmt: skip
 
