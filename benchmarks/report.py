@@ -132,8 +132,8 @@ def runs_measured(found: dict[str, Result]) -> Lines:
         "### Training runs, measured on the playground",
         paragraph(f"""
             `alignment.json` (below), and the stages of `payback.json`, of another value of as many steps: DiffusionNFT
-            until the mean held-out reward over seeds is {goal:.3f}, with which the runs on the clean reward end. Training
-            is in the processor's seconds and the stages are in wall-clock, so the number of runs is rough.
+            until the mean held-out reward over seeds is {goal:.3f}, with which the runs on the clean reward end.
+            Training is in the processor's seconds and the stages are in wall-clock, so the number of runs is rough.
         """),
         *table(
             ("clean reward, s", "stitched value, s", "stitching, s", "stitching pays"),

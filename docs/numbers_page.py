@@ -243,8 +243,8 @@ def payback_planner(result: Result) -> Lines:
 def alignment(result: Result) -> Lines:
     return [
         "## Training with clean rewards and stitched values",
-        "What a LoRA of the playground's generator gains, mean with standard error over seeds; the stitched value reads "
-        "the prompt. See [open questions](report.md).",
+        "What a LoRA of the playground's generator gains, mean with standard error over seeds; the stitched value "
+        "reads the prompt. See [open questions](report.md).",
         *alignment_table(result),
     ]
 
