@@ -171,8 +171,8 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys((run["method"], run["value"]) for run in runs))
     colors = {"draft-1": "tab:green", "draft-3": "tab:olive", "draft": "tab:green", "nft": "tab:blue", "dpo": "tab:red"}
     axes = figure.subplots(2, 3, sharey="col")
-    for row, (cost, label) in zip(axes, (("seconds", "seconds of training"), ("denoiser_evaluations", "denoiser "
-                                          "evaluations")), strict=True):  # fmt: skip
+    costs = {"seconds": "seconds of training", "denoiser_evaluations": "denoiser evaluations"}
+    for row, (cost, label) in zip(axes, costs.items(), strict=True):
         for ax, measure in zip(row, ("target_reward", "held_out_reward", "objects"), strict=True):
             for method, value in names:
                 curves = [run["curve"] for run in runs if (run["method"], run["value"]) == (method, value)]
