@@ -42,7 +42,7 @@ COMMON = {"lora_rank": 16, "lora_alpha": 32, "eval_steps": 20, "max_sequence_len
 DRAFT = {"iterations": 40, "prompts_per_iteration": 16, "num_inference_steps": 10, "learning_rate": 5e-4,
          "kl_weight": 0.01, "eval_every": 10}  # fmt: skip
 NFT = {"iterations": 12, "prompts_per_iteration": 8, "group_size": 12, "num_inference_steps": 10, "learning_rate": 1e-3,
-       "kl_weight": 0.0, "timestep_fraction": 0.5, "updates_per_iteration": 4, "eval_every": 3}  # fmt: skip
+       "kl_weight": 0.0, "timestep_fraction": 0.5, "updates_per_iteration": 4, "eval_every": 1}  # fmt: skip
 DPO = {"iterations": 60, "prompts_per_iteration": 2, "group_size": 12, "num_inference_steps": 10, "learning_rate": 1e-3,
        "pairs_per_group": 4, "levels_per_pair": 2, "eval_every": 15}  # fmt: skip
 HALFWAY, EARLY = (5, 7), (3, 7)  # METHOD.md §6: 12-17 of 25 steps for NFT, 3-7 of 10 for DRaFT

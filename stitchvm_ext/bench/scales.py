@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..backbones import Condition, DiffusionBackbone, backbone_of, expand_rows
 from ..backbones.configurations import CONFIGURATIONS
 from ..plan.architectures import ARCHITECTURES, TOWERS
+from ..precision import fast_dtype
 from ..rewards import OpenClipReward
 from ..value import StitchedValue
 from ..value.stitch_layer import StitchLayer
@@ -46,7 +47,7 @@ class Scale:
 
 SCALES = {
     "quarter": Scale(blocks=6, depth=1, layers=6, pixels={"cpu": 256, "cuda": 512}),
-    "real": Scale(blocks=24, depth=4, layers=24, pixels={"cpu": 448, "cuda": 1024}),
+    "real": Scale(blocks=24, depth=4, layers=24, pixels={"cpu": 384, "cuda": 1024}),
 }
 SCALE_NAMES = ("playground", *SCALES)
 
@@ -119,7 +120,7 @@ def _random(name: str, device: str, pixels: int | None) -> Setup:
     import diffusers
     from open_clip.model import CLIP
 
-    scale, dtype, architecture = SCALES[name], torch.bfloat16, ARCHITECTURES[BACKBONE]
+    scale, dtype, architecture = SCALES[name], fast_dtype(device), ARCHITECTURES[BACKBONE]
     pixels = scale.pixels[torch.device(device).type] if pixels is None else pixels
     if pixels < 1 or pixels % architecture.multiple:
         raise ValueError(f"pixels: expected a multiple of {architecture.multiple}, got {pixels}")
@@ -149,7 +150,7 @@ def _random(name: str, device: str, pixels: int | None) -> Setup:
         Condition((PROMPT,), cond, expand_rows(null, 1), guidance_scale=4.5), latents,
         {
             "scale": name, "weights": "random: enough for speed and memory, and for nothing else",
-            "dtype": "bfloat16", "pixels": pixels, "backbone": BACKBONE, "blocks": scale.blocks,
+            "dtype": str(dtype).removeprefix("torch."), "pixels": pixels, "backbone": BACKBONE, "blocks": scale.blocks,
             "depth": scale.depth, "width": backbone.width(1), "parameters": _count(transformer),
             "image_tokens": math.prod(backbone.grid((side, side))), "text_tokens": cond["prompt_embeds"].shape[1],
             "vae_parameters": _count(vae), "reward": TOWER, "reward_layers": scale.layers,

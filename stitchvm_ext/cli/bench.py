@@ -45,10 +45,11 @@ def bench(
             iteration of DiffusionNFT or DRaFT, with a clean reward and with a stitched value (playground alone).
         scale: playground is the small model that ships with this package, with its trained weights; quarter a quarter
             of SD3.5 Medium at its true width, with its autoencoder; real the whole of it with ViT-L/14-336, random
-            bfloat16 weights (7 GB, and as much again for Tweedie-DPS; minutes per round on a CPU).
+            weights: bfloat16 (6 GB, and as much again for Tweedie-DPS), or, on a CPU without instructions for it,
+            float32 (22 GB in all, minutes per round).
         out: folder for the results.
         device: auto is the GPU where there is one.
-        pixels: side of the image, by default the scale's: on a CPU 256 for quarter and 448 for real, on a GPU 512 and
+        pixels: side of the image, by default the scale's: on a CPU 256 for quarter and 384 for real, on a GPU 512 and
             1024.
         rounds: how often each variant runs, in turns; at least 2.
         profile: in place of that run each once under PyTorch's profiler: a trace for chrome://tracing or Perfetto, and

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
 
+from ..precision import fast_dtype
 from . import models, world
 from .optim import Muon
 
@@ -64,7 +65,7 @@ def train_autoencoder(images: Tensor, steps: int = STEPS, seed: int = 0, device:
             .to(device)
             .contiguous(memory_format=torch.channels_last)
         )
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=fast_dtype(device) == torch.bfloat16):
             posterior = model.encode(x).latent_dist
             y = model.decode(posterior.sample()).sample
         error = y.float() - x
