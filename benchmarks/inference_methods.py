@@ -1,12 +1,12 @@
 """Reward against denoiser evaluations: best-of-N, FK steering and DPS, with Tweedie's value and the stitched one.
 
     python benchmarks/inference_methods.py
-    python benchmarks/inference_methods.py --prompted prompted_values/captions
+    python benchmarks/inference_methods.py --prompted prompted_values/captions prompted_values/rollouts
 
 Held-out prompts that no setting was chosen on, several seeds each. Target reward, held-out reward, exact checker and a
 diversity measure (mean distance between the seeds' pictures of one prompt in the held-out reward's embedding), with
 standard errors over prompts; evaluations of the networks as :func:`guided_sample` counts them. An interrupted run goes
-on. Writes results/inference_methods.json and .png; with ``--prompted``, a stitched value that reads the prompt (see
+on. Writes results/inference_methods.json and .png; with ``--prompted``, stitched values that read the prompt (see
 prompted_value.py) beside some of the others, results/inference_methods_prompted.json and .png.
 """
 
@@ -41,14 +41,21 @@ METHODS = {
     "DPS-stitched, sigma 2": ("dps", "stitched", {"strength": 2.0, "schedule": "sigma"}),
     "DPS-stitched, constant 0.25": ("dps", "stitched", {"strength": 0.25}),
 }
-EARLY = {"proposal_window": (0.0, 0.5)}  # this value tells pictures apart sooner (group_signal.py)
-PROMPTED = {
+BESIDE_PROMPTED = {
     **{name: METHODS[name] for name in ("unguided", "FK-Tweedie (2)", "FK-Tweedie (4)", "DPS-Tweedie, sigma 2")},
-    "FK-prompted (1, 4)": ("fk", "prompted", {"num_particles": 1, "num_proposals": 4, **EARLY, **SDE}),
-    "FK-prompted (2, 1)": ("fk", "prompted", {"num_particles": 2, **SDE}),
-    "FK-prompted (2, 2)": ("fk", "prompted", {"num_particles": 2, "num_proposals": 2, **EARLY, **SDE}),
-    "DPS-prompted, sigma 2": ("dps", "prompted", {"strength": 2.0, "schedule": "sigma"}),
+    # at about the cost of a stitched value's gradient at every step
+    "DPS-Tweedie, every 3rd": ("dps", "Tweedie", {"strength": 2.0, "schedule": "sigma", "every": 3, "between": "last"}),
 }
+EARLY = {"proposal_window": (0.0, 0.5)}  # these values tell pictures apart sooner (group_signal.py)
+
+
+def prompted(value: str) -> dict[str, tuple[str, str, dict]]:
+    return {
+        f"FK-{value} (1, 4)": ("fk", value, {"num_particles": 1, "num_proposals": 4, **EARLY, **SDE}),
+        f"FK-{value} (2, 1)": ("fk", value, {"num_particles": 2, **SDE}),
+        f"FK-{value} (2, 2)": ("fk", value, {"num_particles": 2, "num_proposals": 2, **EARLY, **SDE}),
+        f"DPS-{value}, sigma 2": ("dps", value, {"strength": 2.0, "schedule": "sigma"}),
+    }
 
 
 def main() -> None:
@@ -58,18 +65,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--batch-size", type=int, default=64, help="latents at a time")
-    parser.add_argument("--prompted", type=Path, metavar="FOLDER", help="of a stitched value that reads the prompt")
+    parser.add_argument("--prompted", type=Path, nargs="+", metavar="FOLDER", help="of values that read the prompt")
     args = parser.parse_args()
 
     pipe, reward = load_pipeline(), load_reward("clip")
     rewards = {"reward": reward, "held_out_reward": load_reward("clip", held_out=True)}
     values = {None: None, "stitched": load_value(pipe), "Tweedie": TweedieValue(pipe, reward)}
-    name = "inference_methods"
+    name, methods = "inference_methods", METHODS
     if args.prompted:
-        name, values["prompted"] = f"{name}_prompted", StitchedValue.from_pretrained(args.prompted, pipe)
+        name, methods = f"{name}_prompted", dict(BESIDE_PROMPTED)
+        for folder in args.prompted:
+            values[folder.name] = StitchedValue.from_pretrained(folder, pipe)
+            methods |= prompted(folder.name)
     contenders = [
         Contender(title, values[value], {"method": method, **({} if method == "dps" else {"reward": reward}), **chosen})
-        for title, (method, value, chosen) in (PROMPTED if args.prompted else METHODS).items()
+        for title, (method, value, chosen) in methods.items()
     ]
     found = compare(
         pipe, contenders, held_out_prompts(USED_FOR_CHOOSING + args.prompts)[USED_FOR_CHOOSING:], rewards,

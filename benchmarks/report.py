@@ -271,9 +271,13 @@ def guided_step(found: dict[str, Result]) -> Lines:
         *suite_table(result),
         "Against the goals:",
         *table(
-            ("", *(f"{title}, {'>=' if more else '<='} {bars[name]:g}" for name, (title, more) in RATIOS.items())),
+            (
+                "",
+                *(f"{title}, {'>=' if more else '<='} {bars[name]:g}" for name, (title, more) in RATIOS.items()),
+                "FLOPs over plain",
+            ),
             [
-                [variant, *(cell(name, ratios[name]) for name in RATIOS)]
+                [variant, *(cell(name, ratios[name]) for name in RATIOS), f"{ratios['flops_over_plain']:.2f}"]
                 for variant, ratios in result["stitched"].items()
             ],
         ),
