@@ -76,9 +76,11 @@ class Comparison:
         for ax in axes[len(measures) :]:
             ax.remove()
         for ax, measure in zip(axes, measures, strict=False):
-            for name, row in self.figures.items():
+            for k, (name, row) in enumerate(self.figures.items()):
                 x, y = row["evaluations_per_image"]["denoiser"], row["means"][measure]
-                ax.errorbar(x, y, row["standard_errors"][measure] or 0.0, fmt="o", capsize=3, markersize=4, label=name)
+                shape = "osD^v"[k // 10 % 5]  # there are ten colours
+                error = row["standard_errors"][measure] or 0.0
+                ax.errorbar(x, y, error, fmt=shape, color=f"C{k % 10}", capsize=3, markersize=4, label=name)
             ax.set(title=measure, xlabel="denoiser evaluations per image", xscale="log")
             costs = sorted({round(row["evaluations_per_image"]["denoiser"]) for row in self.figures.values()})
             ax.set_xticks([c for k, c in enumerate(costs) if not k or c > 1.25 * costs[k - 1]])
