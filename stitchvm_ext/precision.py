@@ -7,5 +7,7 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
     """bfloat16, and float32 on a CPU without instructions for it: PyTorch's convolutions in bfloat16 are hundreds of
     times slower there.
     """
-    emulated = torch.device(device).type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.float32 if emulated else torch.bfloat16
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
