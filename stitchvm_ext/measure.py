@@ -28,12 +28,6 @@ def _resident_bytes() -> int:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def release_free_memory() -> None:
-    """Give free pages of the heap back to the system, where the C library can."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
 @contextmanager
 def peak_memory(device: torch.device | str = "cpu"):
     """Measure the extra memory of a ``with`` block; read ``.bytes`` after it.
@@ -52,7 +46,8 @@ def peak_memory(device: torch.device | str = "cpu"):
     if not os.path.exists("/proc/self/statm"):
         yield result
         return
-    release_free_memory()  # another C library keeps its free pages: the figure is then a lower bound
+    with suppress(OSError, AttributeError):  # another C library keeps its free pages: the figure is a lower bound
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     before, done = _resident_bytes(), threading.Event()
 
     def sample():

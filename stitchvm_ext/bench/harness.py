@@ -59,13 +59,12 @@ def alternate(
     device: str = "cpu",
     rounds: int = 5,
     warmup: int = 2,
-    before_call: Callable[[], Any] = lambda: None,
     on_round: Callable[[dict[str, list[float]]], Any] = lambda times: None,
 ) -> dict[str, dict[str, float]]:
     """Milliseconds per call of each entry, taken in turns for ``seconds`` and at least ``rounds`` (two) rounds.
 
-    Noise from other work on the machine then meets all of them. Median, 20th and 80th percentile. What
-    ``before_call`` does is not timed; ``on_round`` is called after every round with the milliseconds so far.
+    Noise from other work on the machine then meets all of them. Median, 20th and 80th percentile. ``on_round`` is
+    called after every round with the milliseconds so far.
     """
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -75,7 +74,6 @@ def alternate(
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < rounds:
         for name, call in calls.items():
-            before_call()
             synchronize()
             start = time.perf_counter()
             call()

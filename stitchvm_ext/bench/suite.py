@@ -11,7 +11,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from ..measure import release_free_memory
 from .counting import counted
 from .harness import alternate, save, summary
 from .scales import Setup
@@ -51,12 +50,7 @@ def measure(
         result.update({"setup": setup.description, "variants": rows, **add(rows)})
         save(name, result, out)
 
-    # At real scale a heap that the variant before left in pieces would decide what fits.
-    before_call = release_free_memory if setup.description["scale"] == "real" else lambda: None
-    alternate(
-        {**calls, PROBE: probe}, seconds=0, device=device, rounds=rounds, warmup=0, before_call=before_call,
-        on_round=record,
-    )  # fmt: skip
+    alternate({**calls, PROBE: probe}, seconds=0, device=device, rounds=rounds, warmup=0, on_round=record)
     plot(result, out / f"{name}.png")
     print(f"\n{table(result)}\n\nwrote {name}.json and {name}.png into {out}")
     return result
