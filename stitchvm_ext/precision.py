@@ -4,8 +4,8 @@ import torch
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16, and float32 on a CPU without instructions for it: PyTorch's convolutions in bfloat16 are hundreds of
-    times slower there.
+    """bfloat16, and float32 on a CPU without instructions for it: PyTorch's convolutions in bfloat16 are orders
+    of magnitude slower there.
     """
     if torch.device(device).type != "cpu":
         return torch.bfloat16
