@@ -46,11 +46,13 @@ NFT = {"iterations": 12, "prompts_per_iteration": 8, "group_size": 12, "num_infe
 DPO = {"iterations": 60, "prompts_per_iteration": 2, "group_size": 12, "num_inference_steps": 10, "learning_rate": 1e-3,
        "pairs_per_group": 4, "levels_per_pair": 2, "eval_every": 15}  # fmt: skip
 HALFWAY, EARLY = (5, 7), (3, 7)  # METHOD.md §6: 12-17 of 25 steps for NFT, 3-7 of 10 for DRaFT
+BEFORE_THREE = (4, 7)  # a gradient through three steps needs one before them
 
 TRAINERS = {
     "draft-1 clean": (DraftTrainer, DraftConfig(**COMMON, **DRAFT, last_steps=1)),
     "draft-3 clean": (DraftTrainer, DraftConfig(**COMMON, **DRAFT, last_steps=3)),
-    "draft stitched": (DraftTrainer, DraftConfig(**COMMON, **DRAFT, last_steps=1, stop_window=EARLY)),
+    "draft-1 stitched": (DraftTrainer, DraftConfig(**COMMON, **DRAFT, last_steps=1, stop_window=EARLY)),
+    "draft-3 stitched": (DraftTrainer, DraftConfig(**COMMON, **DRAFT, last_steps=3, stop_window=BEFORE_THREE)),
     "nft clean": (NFTTrainer, NFTConfig(**COMMON, **NFT)),
     "nft stitched": (NFTTrainer, NFTConfig(**COMMON, **NFT, stop_window=HALFWAY)),
     "dpo clean": (DPOTrainer, DPOConfig(**COMMON, **DPO)),
@@ -169,7 +171,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     names = list(dict.fromkeys((run["method"], run["value"]) for run in runs))
-    colors = {"draft-1": "tab:green", "draft-3": "tab:olive", "draft": "tab:green", "nft": "tab:blue", "dpo": "tab:red"}
+    colors = {"draft-1": "tab:green", "draft-3": "tab:olive", "nft": "tab:blue", "dpo": "tab:red"}
     axes = figure.subplots(2, 3, sharey="col")
     costs = {"seconds": "seconds of training", "denoiser_evaluations": "denoiser evaluations"}
     for row, (cost, label) in zip(axes, costs.items(), strict=True):
