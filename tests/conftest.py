@@ -1,9 +1,23 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests, and how many workers of pytest-xdist share the machine."""
 
 from __future__ import annotations
 
-import pytest
-import torch
+import os
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+# Before PyTorch is imported: workers divide the cores, as do the programs that their tests start.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """What ``-n auto`` means. A worker may hold several GB: four of them fit next to each other."""
+    return min(CORES, 4)
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from ..backbones import precompute_conditioning
 from ..sampling.guidance import Guidance
 from ..value import TweedieValue
 from ..value.base import ValueEstimator
-from .scales import Setup, build
+from . import scales
+from .scales import Setup
 from .suite import Calls, Rows, measure, unfused, with_memory
 
 SIGMA, SIGMA_NEXT = 0.6, 0.55
@@ -31,7 +32,6 @@ TARGETS = {"faster_than_tweedie": 2.8, "time_over_plain": 1.35, "peak_over_tweed
 def run(scale: str, name: str, *, out: Path, device: str, pixels: int | None, rounds: int) -> dict[str, Any]:
     """Measure all variants in turns."""
     setup = build(scale, device, pixels)
-    read_modulation_from_a_table(setup)
     result = measure(setup, calls(setup), name, out=out, rounds=rounds, add=compare)
     for variant, ratio in result["stitched"].items():
         peak = "" if ratio["peak_over_tweedie"] is None else f", {ratio['peak_over_tweedie']:.2f} of its peak"
@@ -42,12 +42,17 @@ def run(scale: str, name: str, *, out: Path, device: str, pixels: int | None, ro
     return result
 
 
-def read_modulation_from_a_table(setup: Setup) -> None:
-    """Of the one noise level here; the AdaLN layers' weights are let go for good, which makes room for Tweedie-DPS."""
+def build(scale: str, device: str = "cpu", pixels: int | None = None) -> Setup:
+    """The models of a scale, which read the modulation of the one noise level here from a table.
+
+    The AdaLN layers that it replaces are let go for good: that makes room for Tweedie-DPS.
+    """
+    setup = scales.build(scale, device, pixels)
     pooled = torch.cat([text["pooled_prompt_embeds"] for text in (setup.condition.cond, setup.condition.uncond)])
     table = precompute_conditioning(setup.backbone, [SIGMA], pooled)
     setup.description["replaced_by_tables"] = sum(p.numel() for linear in table.linears for p in linear.parameters())
     table.linears.clear()
+    return setup
 
 
 def calls(setup: Setup) -> Calls:

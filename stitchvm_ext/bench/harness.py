@@ -84,7 +84,7 @@ def alternate(
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    low, *_, high = statistics.quantiles(values, n=5) if len(values) > 1 else values * 2
+    low, *_, high = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 2
     return {"median_ms": statistics.median(values), "p20_ms": low, "p80_ms": high, "rounds": len(values)}
 
 

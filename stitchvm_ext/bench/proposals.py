@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..value import TweedieValue
-from .guided_step import SIGMA
-from .scales import Setup, build
+from .guided_step import SIGMA, build
+from .scales import Setup
 from .suite import Calls, measure, unfused
 
 

@@ -47,7 +47,7 @@ class Scale:
 
 SCALES = {
     "quarter": Scale(blocks=6, depth=1, layers=6, pixels={"cpu": 256, "cuda": 512}),
-    "real": Scale(blocks=24, depth=4, layers=24, pixels={"cpu": 384, "cuda": 1024}),
+    "real": Scale(blocks=24, depth=4, layers=24, pixels={"cpu": 448, "cuda": 1024}),
 }
 SCALE_NAMES = ("playground", *SCALES)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..value import TweedieValue
-from .guided_step import SIGMA
-from .scales import Setup, build
+from .guided_step import SIGMA, build
+from .scales import Setup
 from .suite import Calls, measure, unfused, with_memory
 
 

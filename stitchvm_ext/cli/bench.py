@@ -45,11 +45,11 @@ def bench(
             iteration of DiffusionNFT or DRaFT, with a clean reward and with a stitched value (playground alone).
         scale: playground is the small model that ships with this package, with its trained weights; quarter a quarter
             of SD3.5 Medium at its true width, with its autoencoder; real the whole of it with ViT-L/14-336, random
-            weights: bfloat16 (6 GB, and at 384 pixels 5 more for Tweedie-DPS), or, on a CPU without instructions for
-            it, float32 (22 GB in all at 384 pixels; minutes per round).
+            weights: bfloat16 (6 GB, and at 448 pixels 5 more for Tweedie-DPS), or, on a CPU without instructions for
+            it, float32 (20 GB in all at 448 pixels; minutes per round).
         out: folder for the results.
         device: auto is the GPU where there is one.
-        pixels: side of the image, by default the scale's: on a CPU 256 for quarter and 384 for real, on a GPU 512 and
+        pixels: side of the image, by default the scale's: on a CPU 256 for quarter and 448 for real, on a GPU 512 and
             1024.
         rounds: how often each variant runs, in turns; at least 2.
         profile: in place of that run each once under PyTorch's profiler: a trace for chrome://tracing or Perfetto, and
@@ -58,7 +58,6 @@ def bench(
     import torch
 
     from ..bench.profiling import profile as profile_calls
-    from ..bench.scales import build
 
     if rounds < 2:
         raise ValueError(f"rounds: expected at least 2, got {rounds}")
@@ -72,8 +71,7 @@ def bench(
     if profile and name not in PROFILED:
         raise ValueError(f"profile: expected one of {list(PROFILED)}, got {name!r}")
     if profile:
-        profile_calls(
-            question.calls(build(scale, device, pixels)), f"{result}_phases", out, device, warmup=scale != "real"
-        )
+        calls = question.calls(question.build(scale, device, pixels))
+        profile_calls(calls, f"{result}_phases", out, device, warmup=scale != "real")
     else:
         question.run(scale, result, out=out, device=device, pixels=pixels, rounds=rounds)

@@ -1,4 +1,6 @@
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -58,6 +60,21 @@ def test_stitched_variants_take_the_same_step(setup):
         guidance = steps[name] - setup.latents - plain
         assert guidance.norm() == pytest.approx(0.2 * plain.norm().item(), rel=1e-3)  # the default relative strength
     assert not torch.allclose(steps[TWEEDIE], steps[STITCHED[0]], atol=1e-3)
+
+
+def test_a_table_takes_the_place_of_the_layers_that_read_the_timestep(monkeypatch):
+    setup = scales.build("playground")
+    before = {name: call() for name, call in guided_step.calls(setup).items()}
+    replaced = weakref.ref(setup.pipe.transformer.norm_out.linear)
+    weights = sum(t.numel() for t in setup.weights())
+    monkeypatch.setattr(scales, "build", lambda *args: setup)
+    guided_step.build("playground")
+    gc.collect()
+    assert replaced() is None
+    tables = sum(t.numel() for t in setup.weights()) - weights + setup.description["replaced_by_tables"]
+    assert 0 <= tables < 0.05 * setup.description["replaced_by_tables"]  # two texts at one noise level
+    for name, call in guided_step.calls(setup).items():
+        torch.testing.assert_close(call(), before[name], rtol=1e-4, atol=1e-5)
 
 
 def test_libraries_own_blocks_run_none_fused(setup, monkeypatch):
