@@ -36,7 +36,7 @@ from stitchvm_ext.training import (
     TrainingConfig,
 )
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4, 5)
 COMMON = {"lora_rank": 16, "lora_alpha": 32, "eval_steps": 20, "max_sequence_length": 0, "rollout_batch_size": 32,
           "train_batch_size": 32, "save_every": 5}  # fmt: skip
 DRAFT = {"iterations": 40, "prompts_per_iteration": 16, "num_inference_steps": 10, "learning_rate": 5e-4,
