@@ -264,7 +264,7 @@ def guided_step(found: dict[str, Result]) -> Lines:
 
     return [
         paragraph(f"""
-            `stitchvm bench --scale real --rounds 2 --out benchmarks/results`, `guided_step_real.json`.
+            `stitchvm bench --scale real --rounds 3 --out benchmarks/results`, `guided_step_real.json`.
             {measured_on(result)}
         """),
         setup_of(result),
