@@ -3,8 +3,8 @@
 Classifier-free guidance, one latent, one Euler step with the value's gradient. "plain" runs the denoiser alone;
 "Tweedie-DPS" denoises, decodes, scores, and differentiates through all of it; the stitched ones add one thing after the
 other: a prefix of the value's own, the prefix shared with the unconditional branch, fused blocks, and fewer kept
-activations. All but the last two run on the libraries' own blocks. All of them read the timestep's modulation from the
-table of a schedule, and the layers that it replaces, of SD3.5 Medium 0.3 of the weights, are not in memory.
+activations. All but the last two run on the libraries' own blocks. All of them read the timestep's modulation from a
+table, and the layers that it replaces, a third of SD3.5 Medium's weights, are not in memory.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ def bench(
             iteration of DiffusionNFT or DRaFT, with a clean reward and with a stitched value (playground alone).
         scale: playground is the small model that ships with this package, with its trained weights; quarter a quarter
             of SD3.5 Medium at its true width, with its autoencoder; real the whole of it with ViT-L/14-336, random
-            weights: bfloat16 (6 GB, and at 448 pixels 5 more for Tweedie-DPS), or, on a CPU without instructions for
-            it, float32 (20 GB in all at 448 pixels; minutes per round).
+            weights: bfloat16, or, on a CPU without instructions for it, float32 (20 GB in all at 448 pixels, most of
+            it for Tweedie-DPS; minutes per round).
         out: folder for the results.
         device: auto is the GPU where there is one.
         pixels: side of the image, by default the scale's: on a CPU 256 for quarter and 448 for real, on a GPU 512 and
