@@ -21,6 +21,7 @@ from stitchvm_ext.bench.pages import (
     clean_nft_reaches,
     curves_of,
     document,
+    mean_of,
     measured_on,
     paragraph,
     payback,
@@ -226,7 +227,33 @@ def preference_optimisation(found: dict[str, Result]) -> Lines:
             reward is that with which DiffusionNFT on the clean reward ends.
         """),
         *alignment_table(result),
+        *seed_by_seed(result),
     ]
+
+
+PAIRS = (  # (method, value), and what it is compared with
+    (("draft-1", "stitched"), ("draft-1", "clean")),
+    (("draft-1", "stitched"), ("draft-3", "clean")),
+    (("nft", "stitched"), ("nft", "clean")),
+    (("dpo", "stitched"), ("dpo", "clean")),
+)
+
+
+def seed_by_seed(result: Result) -> Lines:
+    """How much more the first of a pair gained than the second one did from the same seed."""
+    measures = ("target_reward", "held_out_reward", "objects")
+    gains = {
+        (run["method"], run["value"], run["seed"]): [run["curve"][-1][m] - run["curve"][0][m] for m in measures]
+        for run in result["runs"]
+    }
+    rows = []
+    for ours, theirs in PAIRS:
+        both = [seed for *name, seed in gains if tuple(name) == ours and (*theirs, seed) in gains]
+        more = [[a - b for a, b in zip(gains[(*ours, s)], gains[(*theirs, s)], strict=True)] for s in both]
+        if more:
+            rows.append([f"{', '.join(ours)} over {', '.join(theirs)}", *map(mean_of, zip(*more, strict=True))])
+    head = ("", "target reward", "held-out reward", "objects right")
+    return ["What the first gained more than the second, seed by seed:", *table(head, rows)] if rows else []
 
 
 def stitching_predicted(found: dict[str, Result]) -> Lines:

@@ -154,6 +154,7 @@ def test_preference_optimisation(report, alignment, tmp_path):
         ["nft, clean", "0.250 ± 0.050", "0.250 ± 0.050", "0.000 ± 0.000", "200", "200", "200"],
         ["nft, stitched", "0.200 ± 0.000", "0.200 ± 0.000", "0.000 ± 0.000", "100", "200", "50"],
         ["dpo, clean", "0.100", "0.100", "0.000", "20", "200", "not reached"],
+        ["nft, stitched over nft, clean", "-0.050 ± 0.050", "-0.050 ± 0.050", "0.000 ± 0.000"],
     ]
 
 
