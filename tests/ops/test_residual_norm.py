@@ -283,14 +283,25 @@ def test_norm_is_of_the_rounded_residual(backend, use_backend):
 
 
 def test_outlier_channels(backend, use_backend):
-    """Large common offsets and single large channels must not cancel in the variance."""
+    """Large common offsets, single large channels and first channels unlike the rest must not cancel in the variance."""
     name = use_backend(backend)
     kw = inputs("norm", (2, 9, 384), torch.float32, device_of(backend))
     x = kw.pop("x")
-    for bad in (x + 1000.0, torch.cat([1e5 * torch.ones_like(x[..., :1]), x[..., 1:]], -1)):
-        _, got, _ = residual_norm.residual_norm(bad, **kw, backend=name)
-        (exact,), (other,) = eager(**convert(kw | {"x": bad}, torch.float64)), eager(bad, **kw)
-        assert_accurate(got, exact, other)
+    head, ones = x[..., :32], torch.ones_like(x[..., :1])
+    for bad in (
+        x + 1000.0,
+        torch.cat([1e5 * ones, x[..., 1:]], -1),
+        torch.cat([x[..., :200], 1e5 * ones, x[..., 201:]], -1),
+        torch.cat([head + 300.0, x[..., 32:]], -1),
+        torch.cat([1e-3 * head, 1e3 * x[..., 32:] - 1e4], -1),
+    ):
+        forward = lambda **kw: residual_norm.residual_norm(**kw, backend=name)  # noqa: E731
+        called, doubled = kw | {"x": bad}, convert(kw | {"x": bad}, torch.float64)
+        (exact,), (other,) = eager(**doubled), eager(**called)
+        assert_accurate(forward(**called)[1], exact, other)
+        grads = random_like((other,))
+        got, other = gradients(forward, called, grads)["x"], gradients(eager, called, grads)["x"]
+        assert_gradient(got, gradients(eager, doubled, [g.double() for g in grads])["x"], other)
 
 
 def test_strided_inputs(backend, use_backend):
