@@ -125,10 +125,15 @@ def train(name: str, seed: int, args: argparse.Namespace) -> list[dict[str, floa
     """One run, to its end; its curve, a point per evaluation."""
     trainer_class, config = TRAINERS[name]
     pipe, reward = load_pipeline(), load_reward("clip")
-    judges = {"target_reward": reward, "held_out_reward": load_reward("clip", held_out=True)}
+    value = CleanReward(pipe, reward) if name.endswith("clean") else load_stitched(pipe, args.value)
+    return run(trainer_class, config, pipe, value, name, seed, args)
+
+
+def run(trainer_class, config, pipe, value, name: str, seed: int, args: argparse.Namespace) -> list[dict[str, float]]:
+    judges = {"target_reward": load_reward("clip"), "held_out_reward": load_reward("clip", held_out=True)}
     trainer = trainer_class(
         pipe,
-        CleanReward(pipe, reward) if name.endswith("clean") else load_stitched(pipe, args.value),
+        value,
         training_prompts(args.prompts),
         type(config)(**{**vars(config), "seed": seed}),
         output_dir=args.work / f"{name.replace(' ', '_')}_{seed}",

@@ -68,10 +68,11 @@ class MonteCarloValue(ValueEstimator):
     def value(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> Tensor:
         self.check_condition(latents, condition)
         sigma = self.backbone.check_latents(latents, sigma)
-        if (sigma != sigma[0]).any():
-            rows = [self.value(latents[b : b + 1], sigma[b], condition.rows([b])) for b in range(len(latents))]
-            return torch.cat(rows)
-        return self.rollout_rewards(latents, float(sigma[0]), condition).mean(0)
+        values = torch.empty(len(latents), device=latents.device)
+        for level in sigma.unique().tolist():  # those of one level roll out together
+            rows = (sigma == level).nonzero().flatten().tolist()
+            values[rows] = self.rollout_rewards(latents[rows], level, condition.rows(rows)).mean(0).to(values)
+        return values
 
     def value_and_grad(self, latents: Tensor, sigma: float | Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         raise TypeError(

@@ -283,7 +283,7 @@ def test_norm_is_of_the_rounded_residual(backend, use_backend):
 
 
 def test_outlier_channels(backend, use_backend):
-    """Large common offsets, single large channels and first channels unlike the rest must not cancel in the variance."""
+    """Large offsets, of all or some channels, and single large channels must not cancel in the variance."""
     name = use_backend(backend)
     kw = inputs("norm", (2, 9, 384), torch.float32, device_of(backend))
     x = kw.pop("x")

@@ -44,6 +44,14 @@ def test_monte_carlo_averages_rollouts_and_is_reproducible(pipe, reward, latents
     torch.testing.assert_close(value.value(latents, 0.9, condition), rewards.mean(0))
 
 
+def test_monte_carlo_rolls_out_latents_of_one_level_together(pipe, reward, latents, condition):
+    value = MonteCarloValue(pipe, reward, num_rollouts=2, num_steps=3)
+    three, texts = latents[[0, 1, 0]], condition.rows([0, 1, 0])
+    got = value.value(three, torch.tensor([0.9, 0.5, 0.9]), texts)
+    torch.testing.assert_close(got[[0, 2]], value.value(three[[0, 2]], 0.9, texts.rows([0, 2])))
+    torch.testing.assert_close(got[[1]], value.value(three[[1]], 0.5, texts.rows([1])))
+
+
 def test_monte_carlo_at_no_noise_is_the_clean_reward(pipe, reward, latents, condition):
     value = MonteCarloValue(pipe, reward, num_rollouts=2, num_steps=4)
     with torch.no_grad():
