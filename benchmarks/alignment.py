@@ -37,6 +37,7 @@ from stitchvm_ext.training import (
 )
 
 SEEDS = (0, 1, 2, 3, 4, 5)
+PROMPTS, EVAL_PROMPTS = 256, 64  # different ones to train on, held-out ones to judge by
 COMMON = {"lora_rank": 16, "lora_alpha": 32, "eval_steps": 20, "max_sequence_length": 0, "rollout_batch_size": 32,
           "train_batch_size": 32, "save_every": 5}  # fmt: skip
 DRAFT = {"iterations": 40, "prompts_per_iteration": 16, "num_inference_steps": 10, "learning_rate": 5e-4,
@@ -84,8 +85,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--work", type=Path, default=Path("alignment_runs"), help="folder of the runs")
     parser.add_argument("--value", type=Path, help="folder of a stitched value; by default the embedded one")
-    parser.add_argument("--prompts", type=int, default=256, help="different ones to train on")
-    parser.add_argument("--eval-prompts", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="different ones to train on")
+    parser.add_argument("--eval-prompts", type=int, default=EVAL_PROMPTS)
     args = parser.parse_args()
 
     runs = [

@@ -4,8 +4,9 @@
 
 ``exact`` is the clean reward at the end of the frozen generator's ODE from where a sample stopped, which a stitched
 value estimates; it costs the steps that stopping saves. ``--value`` is another stitched value. Settings, seeds, prompts
-and stops are those of alignment.py, whose results/alignment.json has the runs to compare with. A run that was stopped
-goes on; ``--runs`` makes some of them, and the call without it collects all. Writes results/nft_values.json.
+and stops are alignment.py's, whose runs with the clean reward and the stitched value are taken from its result. A run
+that was stopped goes on; ``--runs`` makes some of them, and the call without it collects all. Writes
+results/nft_values.json.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import argparse
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
-from alignment import SEEDS, TRAINERS, run
+from alignment import EVAL_PROMPTS, PROMPTS, SEEDS, TRAINERS, run
 
 from stitchvm_ext import MonteCarloValue, StitchedValue
 from stitchvm_ext.bench.harness import RESULTS, save
+from stitchvm_ext.bench.pages import clean_nft_reaches, curves_of, mean_of, seconds_until
 from stitchvm_ext.playground import load_pipeline, load_reward
 
-MEASURES = ("target_reward", "held_out_reward")
+PAPER = 1 / 2.3  # of the clean run's time to its reward, as the paper reports for DiffusionNFT
 
 
 def main() -> None:
@@ -31,28 +34,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--work", type=Path, default=Path("alignment_runs"), help="folder of the runs")
     args = parser.parse_args()
-    args.prompts, args.eval_prompts = 256, 64
+    args.prompts, args.eval_prompts = PROMPTS, EVAL_PROMPTS
 
     names = ("exact", args.value.name)
     if set(args.runs or ()) - set(names):
         parser.error(f"--runs: expected some of {', '.join(names)}, got {', '.join(args.runs)}")
     runs = [
-        {"value": name, "seed": seed, "curve": train(name, seed, args)}
+        {"method": "nft", "value": name, "seed": seed, "curve": train(name, seed, args)}
         for seed in args.seeds
         for name in args.runs or names
     ]
     if args.runs:
         return
     known = json.loads((RESULTS / "alignment.json").read_text())["runs"]
-    gains = {
-        (one["value"], one["seed"]): [one["curve"][-1][m] - one["curve"][0][m] for m in MEASURES]
-        for one in [*runs, *(one for one in known if one["method"] == "nft")]
-    }
-    for name in (*names, "stitched"):
-        for other in ("clean", "stitched"):
-            if name != other:
-                print(f"{name} over {other}: {describe(gains, name, other, args.seeds)}")
-    print(f"wrote {save('nft_values', {'runs': runs})}")
+    others = [one for one in known if one["method"] == "nft" and one["seed"] in args.seeds]
+    print("\n".join(describe(others + runs)))
+    print(f"wrote {save('nft_values', {'runs': others + runs})}")
 
 
 def train(name: str, seed: int, args: argparse.Namespace) -> list[dict[str, float]]:
@@ -66,14 +63,29 @@ def train(name: str, seed: int, args: argparse.Namespace) -> list[dict[str, floa
     return run(trainer_class, config, pipe, value, f"nft {name}", seed, args)
 
 
-def describe(gains: dict[tuple[str, int], list[float]], name: str, other: str, seeds: list[int]) -> str:
-    """How much more one value's runs gained than another's from the same seeds."""
-    found = []
-    for position, measure in enumerate(MEASURES):
-        more = [gains[name, seed][position] - gains[other, seed][position] for seed in seeds]
-        error = statistics.stdev(more) / len(more) ** 0.5 if len(more) > 1 else float("nan")
-        found.append(f"{measure} {statistics.mean(more):+.4f} +- {error:.4f}")
-    return ", ".join(found)
+def describe(runs: list[dict[str, Any]]) -> list[str]:
+    """Per value: what its runs gained, how much more than clean ones of the same seeds did, when their mean is at the
+    clean ones' end, and how far from it they are at the paper's share of the clean runs' time.
+    """
+    goal = clean_nft_reaches({"runs": runs})
+    found = {value: curves for (_, value), curves in curves_of({"runs": runs}).items()}
+    allowed = statistics.mean(c[-1]["seconds"] for c in found["clean"]) * PAPER
+    lines = []
+    for value, curves in found.items():
+        pairs = list(zip(curves, found["clean"], strict=True))  # of one seed
+        lines.append(f"{value}, {statistics.mean(c[-1]['seconds'] for c in curves):.0f} s")
+        for measure in ("target_reward", "held_out_reward"):
+            gains = [c[-1][measure] - c[0][measure] for c in curves]
+            more = [a[-1][measure] - b[-1][measure] for a, b in pairs]
+            lines.append(f"  {measure}: gained {mean_of(gains, 4)}, over clean {mean_of(more, 4)}")
+        until = seconds_until(curves, goal)
+        within = [([point for point in a if point["seconds"] <= allowed][-1], b[-1]) for a, b in pairs]
+        over = [a["held_out_reward"] - b["held_out_reward"] for a, b in within]
+        lines.append(
+            f"  at the clean runs' last held-out reward: {'never' if until is None else f'after {until:.0f} s'}; "
+            f"over it in {allowed:.0f} s: {mean_of(over, 4)}"
+        )
+    return lines
 
 
 if __name__ == "__main__":

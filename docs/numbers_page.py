@@ -240,9 +240,9 @@ def payback_planner(result: Result) -> Lines:
     ]
 
 
-def alignment(result: Result) -> Lines:
+def alignment(result: Result, title: str = "Training with clean rewards and stitched values") -> Lines:
     return [
-        "## Training with clean rewards and stitched values",
+        f"## {title}",
         "What a LoRA of the playground's generator gains, mean with standard error over seeds; the stitched value "
         "reads the prompt. See [open questions](report.md).",
         *alignment_table(result),
@@ -325,12 +325,16 @@ SECTIONS: dict[str, Callable[[Result], Lines]] = {
     "inference_methods_prompted": functools.partial(
         inference_methods, title="Inference-time methods, with a value that reads the prompt"
     ),
+    "fk_compute": functools.partial(inference_methods, title="FK steering with four proposals per particle"),
     "group_signal": group_signal,
     "gap": gap,
     "proposal_spread": proposal_spread,
     "payback": payback_section,
     "payback_planner": payback_planner,
     "alignment": alignment,
+    "nft_values": functools.partial(
+        alignment, title="DiffusionNFT with the exact value, and with one learned from rollouts"
+    ),
     "noise_levels": noise_levels,
     "on_policy": training_latents,  # MkDocs takes every name on_... for an event
     "stitch_tokens": stitch_tokens,
