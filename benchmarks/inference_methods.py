@@ -2,12 +2,15 @@
 
     python benchmarks/inference_methods.py
     python benchmarks/inference_methods.py --prompted prompted_values/captions prompted_values/rollouts
+    python benchmarks/inference_methods.py --four-proposals prompted_values/captions
 
 Held-out prompts that no setting was chosen on, several seeds each. Target reward, held-out reward, exact checker and a
 diversity measure (mean distance between the seeds' pictures of one prompt in the held-out reward's embedding), with
 standard errors over prompts; evaluations of the networks as :func:`guided_sample` counts them. An interrupted run goes
 on. Writes results/inference_methods.json and .png; with ``--prompted``, stitched values that read the prompt (see
-prompted_value.py) beside some of the others, results/inference_methods_prompted.json and .png.
+prompted_value.py) beside some of the others, results/inference_methods_prompted.json and .png; with
+``--four-proposals``, two particles of four proposals under such a value beside FK-Tweedie's four and eight particles,
+results/inference_methods_four_proposals.json and .png.
 """
 
 from __future__ import annotations
@@ -58,6 +61,16 @@ def prompted(value: str) -> dict[str, tuple[str, str, dict]]:
     }
 
 
+def four_proposals(value: str) -> dict[str, tuple[str, str, dict]]:
+    """The window, without the first two steps, was chosen on captions for choosing."""
+    options = {"num_particles": 2, "num_proposals": 4, "proposal_window": (0.1, 0.7), **SDE}
+    return {
+        "FK-Tweedie (4)": METHODS["FK-Tweedie (4)"],
+        "FK-Tweedie (8)": ("fk", "Tweedie", {"num_particles": 8, **SDE}),
+        f"FK-{value} (2, 4)": ("fk", value, options),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=64)
@@ -65,7 +78,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--batch-size", type=int, default=64, help="latents at a time")
-    parser.add_argument("--prompted", type=Path, nargs="+", metavar="FOLDER", help="of values that read the prompt")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--prompted", type=Path, nargs="+", metavar="FOLDER", help="of values that read the prompt")
+    which.add_argument("--four-proposals", type=Path, metavar="FOLDER", help="of a value that reads the prompt")
     args = parser.parse_args()
 
     pipe, reward = load_pipeline(), load_reward("clip")
@@ -77,6 +92,10 @@ def main() -> None:
         for folder in args.prompted:
             values[folder.name] = StitchedValue.from_pretrained(folder, pipe)
             methods |= prompted(folder.name)
+    if args.four_proposals:
+        folder = args.four_proposals
+        values[folder.name] = StitchedValue.from_pretrained(folder, pipe)
+        name, methods = f"{name}_four_proposals", four_proposals(folder.name)
     contenders = [
         Contender(title, values[value], {"method": method, **({} if method == "dps" else {"reward": reward}), **chosen})
         for title, (method, value, chosen) in methods.items()

@@ -325,7 +325,9 @@ SECTIONS: dict[str, Callable[[Result], Lines]] = {
     "inference_methods_prompted": functools.partial(
         inference_methods, title="Inference-time methods, with a value that reads the prompt"
     ),
-    "fk_compute": functools.partial(inference_methods, title="FK steering with four proposals per particle"),
+    "inference_methods_four_proposals": functools.partial(
+        inference_methods, title="FK steering with four proposals per particle"
+    ),
     "group_signal": group_signal,
     "gap": gap,
     "proposal_spread": proposal_spread,
