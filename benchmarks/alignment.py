@@ -123,7 +123,7 @@ def training_prompts(count: int) -> list[str]:
 
 
 def train(name: str, seed: int, args: argparse.Namespace) -> list[dict[str, float]]:
-    """One run, to its end; its curve, a point per evaluation."""
+    """A run of TRAINERS, with the value that its name says."""
     trainer_class, config = TRAINERS[name]
     pipe, reward = load_pipeline(), load_reward("clip")
     value = CleanReward(pipe, reward) if name.endswith("clean") else load_stitched(pipe, args.value)
@@ -131,6 +131,7 @@ def train(name: str, seed: int, args: argparse.Namespace) -> list[dict[str, floa
 
 
 def run(trainer_class, config, pipe, value, name: str, seed: int, args: argparse.Namespace) -> list[dict[str, float]]:
+    """One run, to its end; its curve, a point per evaluation."""
     judges = {"target_reward": load_reward("clip"), "held_out_reward": load_reward("clip", held_out=True)}
     trainer = trainer_class(
         pipe,

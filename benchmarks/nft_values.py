@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from alignment import EVAL_PROMPTS, PROMPTS, SEEDS, TRAINERS, run
+from report import seed_by_seed
 
 from stitchvm_ext import MonteCarloValue, StitchedValue
 from stitchvm_ext.bench.harness import RESULTS, save
-from stitchvm_ext.bench.pages import clean_nft_reaches, curves_of, mean_of, seconds_until
+from stitchvm_ext.bench.pages import alignment_table, mean_of
 from stitchvm_ext.playground import load_pipeline, load_reward
 
 PAPER = 1 / 2.3  # of the clean run's time to its reward, as the paper reports for DiffusionNFT
@@ -48,8 +49,10 @@ def main() -> None:
         return
     known = json.loads((RESULTS / "alignment.json").read_text())["runs"]
     others = [one for one in known if one["method"] == "nft" and one["seed"] in args.seeds]
-    print("\n".join(describe(others + runs)))
-    print(f"wrote {save('nft_values', {'runs': others + runs})}")
+    result = {"runs": others + runs}
+    pairs = [(("nft", name), ("nft", "clean")) for name in (*names, "stitched")]
+    print("\n".join([*alignment_table(result), "", *seed_by_seed(result, pairs), "", *short_of_clean(result)]))
+    print(f"wrote {save('nft_values', result)}")
 
 
 def train(name: str, seed: int, args: argparse.Namespace) -> list[dict[str, float]]:
@@ -63,29 +66,16 @@ def train(name: str, seed: int, args: argparse.Namespace) -> list[dict[str, floa
     return run(trainer_class, config, pipe, value, f"nft {name}", seed, args)
 
 
-def describe(runs: list[dict[str, Any]]) -> list[str]:
-    """Per value: what its runs gained, how much more than clean ones of the same seeds did, when their mean is at the
-    clean ones' end, and how far from it they are at the paper's share of the clean runs' time.
-    """
-    goal = clean_nft_reaches({"runs": runs})
-    found = {value: curves for (_, value), curves in curves_of({"runs": runs}).items()}
-    allowed = statistics.mean(c[-1]["seconds"] for c in found["clean"]) * PAPER
-    lines = []
-    for value, curves in found.items():
-        pairs = list(zip(curves, found["clean"], strict=True))  # of one seed
-        lines.append(f"{value}, {statistics.mean(c[-1]['seconds'] for c in curves):.0f} s")
-        for measure in ("target_reward", "held_out_reward"):
-            gains = [c[-1][measure] - c[0][measure] for c in curves]
-            more = [a[-1][measure] - b[-1][measure] for a, b in pairs]
-            lines.append(f"  {measure}: gained {mean_of(gains, 4)}, over clean {mean_of(more, 4)}")
-        until = seconds_until(curves, goal)
-        within = [([point for point in a if point["seconds"] <= allowed][-1], b[-1]) for a, b in pairs]
-        over = [a["held_out_reward"] - b["held_out_reward"] for a, b in within]
-        lines.append(
-            f"  at the clean runs' last held-out reward: {'never' if until is None else f'after {until:.0f} s'}; "
-            f"over it in {allowed:.0f} s: {mean_of(over, 4)}"
-        )
-    return lines
+def short_of_clean(result: dict[str, Any]) -> list[str]:
+    """Per value: at the paper's share of the clean runs' time, how far below their end in the held-out reward."""
+    curves = {(run["value"], run["seed"]): run["curve"] for run in result["runs"]}
+    ends = {seed: curve[-1] for (value, seed), curve in curves.items() if value == "clean"}
+    allowed = PAPER * statistics.mean(end["seconds"] for end in ends.values())
+    short: dict[str, list[float]] = {}
+    for (value, seed), curve in curves.items():
+        reached = [point["held_out_reward"] for point in curve if point["seconds"] <= allowed][-1]
+        short.setdefault(value, []).append(ends[seed]["held_out_reward"] - reached)
+    return [f"{value}: after {allowed:.0f} s {mean_of(of, 4)} below the clean runs' end" for value, of in short.items()]
 
 
 if __name__ == "__main__":

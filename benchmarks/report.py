@@ -227,11 +227,12 @@ def preference_optimisation(found: dict[str, Result]) -> Lines:
             reward is that with which DiffusionNFT on the clean reward ends.
         """),
         *alignment_table(result),
-        *seed_by_seed(result),
+        *seed_by_seed(result, PAIRS),
     ]
 
 
-PAIRS = (  # (method, value), and what it is compared with
+Pairs = Sequence[tuple[tuple[str, str], tuple[str, str]]]  # (method, value), and what it is compared with
+PAIRS: Pairs = (
     (("draft-1", "stitched"), ("draft-1", "clean")),
     (("draft-1", "stitched"), ("draft-3", "clean")),
     (("nft", "stitched"), ("nft", "clean")),
@@ -239,7 +240,7 @@ PAIRS = (  # (method, value), and what it is compared with
 )
 
 
-def seed_by_seed(result: Result) -> Lines:
+def seed_by_seed(result: Result, pairs: Pairs) -> Lines:
     """How much more the first of a pair gained than the second one did from the same seed."""
     measures = ("target_reward", "held_out_reward", "objects")
     gains = {
@@ -247,7 +248,7 @@ def seed_by_seed(result: Result) -> Lines:
         for run in result["runs"]
     }
     rows = []
-    for ours, theirs in PAIRS:
+    for ours, theirs in pairs:
         both = [seed for *name, seed in gains if tuple(name) == ours and (*theirs, seed) in gains]
         more = [[a - b for a, b in zip(gains[(*ours, s)], gains[(*theirs, s)], strict=True)] for s in both]
         if more:
