@@ -156,18 +156,20 @@ def search(result: Result) -> Lines:
 def inference_methods(result: Result, title: str = "Inference-time methods") -> Lines:
     scores = ("reward", "held_out_reward", "objects")
     passes = ("denoiser", "value", "decoder")
+    with_flops = all("flops_per_image" in row for row in result["methods"].values())
     return [
         f"## {title}",
         f"{result['prompts']} held-out prompts, {result['seeds']} seeds each, {result['steps']} steps, guidance scale "
         f"{result['guidance_scale']:g}; means with standard errors over prompts, and forward passes per image.",
         *table(
-            ("", "target reward", "held-out reward", "objects", "diversity", *passes),
+            ("", "target reward", "held-out reward", "objects", "diversity", *passes, *["GFLOP"] * with_flops),
             [
                 [
                     name,
                     *(f"{row['means'][k]:.3f} ± {row['standard_errors'][k]:.3f}" for k in scores),
                     f"{row['means']['diversity']:.3f}",
                     *(f"{row['evaluations_per_image'][k]:.0f}" for k in passes),
+                    *([f"{row['flops_per_image'] / 1e9:.0f}"] if with_flops else []),
                 ]
                 for name, row in result["methods"].items()
             ],
@@ -210,11 +212,17 @@ def proposal_spread(result: Result) -> Lines:
 
 def group_signal(result: Result) -> Lines:
     names = [name for name in result["rows"][0] if name not in ("step", "sigma")]
+    is_noisy = result.get("transition", "ode") != "ode"
+    kind, learned = "deterministic rollouts", "captioned pictures and from the generator's own rollouts"
+    if is_noisy:
+        kind = f"rollouts with noise and a guidance scale of {result['guidance_scale']:g}"
+        learned = "captioned pictures, from deterministic rollouts and from rollouts such as these"
     return [
-        "## What a value tells apart among samples of one prompt",
-        f"{result['prompts']} prompts, {result['group_size']} deterministic rollouts of {result['steps']} steps each: "
-        'the correlation, within prompts, with the clean reward that a rollout ends with. "captions" and '
-        '"rollouts" read the prompt, and learned from captioned pictures and from the generator\'s own rollouts.',
+        f"## What a value tells apart among samples of one prompt{', with noise and guidance' * is_noisy}",
+        f"{result['prompts']} prompts, {result['group_size']} {kind}, of {result['steps']} steps each: "
+        "the correlation, within prompts, with the clean reward that a rollout ends with. "
+        f"{', '.join(name for name in names if name not in ('stitched', 'Tweedie'))} read the prompt, and learned from "
+        f"{learned}.",
         *table(
             ("noise level", *names),
             [[f"{row['sigma']:.3f}", *(f"{row[name]:.2f}" for name in names)] for row in result["rows"]],
@@ -325,10 +333,12 @@ SECTIONS: dict[str, Callable[[Result], Lines]] = {
     "inference_methods_prompted": functools.partial(
         inference_methods, title="Inference-time methods, with a value that reads the prompt"
     ),
-    "inference_methods_four_proposals": functools.partial(
-        inference_methods, title="FK steering with four proposals per particle"
+    "inference_methods_proposals": functools.partial(
+        inference_methods, title="FK steering with proposals, plain and twisted by the value's gradient"
     ),
+    "inference_methods_dps": functools.partial(inference_methods, title="DPS by the SDE"),
     "group_signal": group_signal,
+    "group_signal_linear_sde": group_signal,
     "gap": gap,
     "proposal_spread": proposal_spread,
     "payback": payback_section,

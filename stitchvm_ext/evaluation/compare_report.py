@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class Comparison:
         return "\n".join(lines)
 
     def save(self, folder: str | Path) -> None:
-        """Write compare.json, compare.png (rewards against evaluations) and grid.png into a folder."""
+        """Write compare.json, compare.png (rewards against evaluations and seconds) and grid.png into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         document = {
@@ -65,33 +66,46 @@ class Comparison:
         self._grid(folder / "grid.png")
 
     def plot(self, path: Path) -> None:
-        """A PNG of every figure against denoiser evaluations per image, a panel each."""
+        """A PNG of every figure, a panel each: against denoiser evaluations per image, and against seconds per image,
+        which have gradients and decodings in them.
+        """
         from matplotlib.figure import Figure
 
         measures = list(next(iter(self.figures.values()))["means"])
+        costs = {
+            "denoiser evaluations per image": lambda row: row["evaluations_per_image"]["denoiser"],
+            "seconds per image": lambda row: row["seconds_per_image"],
+        }
         columns = min(3, len(measures))
         rows = -(-len(measures) // columns)
-        figure = Figure(figsize=(4.5 * columns, 3.6 * rows + 0.5), layout="constrained")
-        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for ax in axes[len(measures) :]:
-            ax.remove()
-        for ax, measure in zip(axes, measures, strict=False):
-            for k, (name, row) in enumerate(self.figures.items()):
-                x, y = row["evaluations_per_image"]["denoiser"], row["means"][measure]
-                shape = "osD^v"[k // 10 % 5]  # there are ten colours
-                error = row["standard_errors"][measure] or 0.0
-                ax.errorbar(x, y, error, fmt=shape, color=f"C{k % 10}", capsize=3, markersize=4, label=name)
-            ax.set(title=measure, xlabel="denoiser evaluations per image", xscale="log")
-            costs = sorted({round(row["evaluations_per_image"]["denoiser"]) for row in self.figures.values()})
-            ax.set_xticks([c for k, c in enumerate(costs) if not k or c > 1.25 * costs[k - 1]])
-            ax.xaxis.set_major_formatter("{x:.0f}")
-            ax.minorticks_off()
-            ax.margins(x=0.25)
-            ax.grid(alpha=0.3)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8)
+        figure = Figure(figsize=(4.5 * columns, 3.6 * rows * len(costs) + 0.5), layout="constrained")
+        axes = figure.subplots(rows * len(costs), columns, squeeze=False)
+        for k, (label, cost) in enumerate(costs.items()):
+            panels = list(axes[k * rows : (k + 1) * rows].flat)
+            for ax in panels[len(measures) :]:
+                ax.remove()
+            for ax, measure in zip(panels, measures, strict=False):
+                self._panel(ax, measure, label, cost)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8)
         partial = path.with_name(path.name + ".partial")
         figure.savefig(partial, dpi=130, format="png")
         partial.replace(path)
+
+    def _panel(self, ax, measure: str, label: str, cost: Callable[[dict], float]) -> None:
+        for k, (name, row) in enumerate(self.figures.items()):
+            shape = "osD^v"[k // 10 % 5]  # there are ten colours
+            error = row["standard_errors"][measure] or 0.0
+            style = {"fmt": shape, "color": f"C{k % 10}", "capsize": 3, "markersize": 4}
+            ax.errorbar(cost(row), row["means"][measure], error, label=name, **style)
+        ax.set(title=measure, xlabel=label, xscale="log")
+        ticks: list[float] = []
+        for x in sorted(cost(row) for row in self.figures.values()):
+            if not ticks or x > 1.25 * ticks[-1]:
+                ticks.append(x)
+        ax.set_xticks(ticks, [f"{x:.3g}" for x in ticks])
+        ax.minorticks_off()
+        ax.margins(x=0.25)
+        ax.grid(alpha=0.3)
 
     def _grid(self, path: Path, columns: int = 12) -> None:
         """A row per contender, a column per prompt, each prompt's first picture."""
