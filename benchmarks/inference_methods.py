@@ -26,7 +26,7 @@ from stitchvm_ext.bench.harness import RESULTS, save
 from stitchvm_ext.evaluation import Contender, compare
 from stitchvm_ext.playground import load_pipeline, load_reward, load_value
 from stitchvm_ext.playground.experiments import checker_measures, held_out_prompts
-from stitchvm_ext.sampling.guidance import Guidance
+from stitchvm_ext.sampling import Guidance
 
 USED_FOR_CHOOSING = 96  # the first held-out captions: settings were chosen on them
 SDE = {"transition": "linear_sde"}

@@ -49,16 +49,12 @@ def main() -> None:
 
     pipe, reward = load_pipeline(), load_reward("clip")
     pictures = world.dataset(PROBE_PICTURES + args.pictures, PICTURE_SEED)
-    null = backbone_of(pipe).null_condition(pipe, **TEXT_OPTIONS)
-    probe, latents = encode_probe(pipe, TensorImages(picture_tensor(pictures[:PROBE_PICTURES])), PROBE_PICTURES)
-    search = search_stitch(backbone_of(pipe), reward, latents, probe, null)
     if args.start:
         value = StitchedValue.from_pretrained(args.start, pipe)
+        if args.depth not in (None, value.depth):
+            parser.error(f"--depth: expected {value.depth}, of the value to train on, got {args.depth}")
     else:
-        depth = args.depth or search.best.depth
-        cell = min((search.at(depth, layer) for layer in search.layers), key=lambda c: c.mse)
-        size = latents.shape[-2:]
-        value = untrained_value(pipe, reward, search, depth, cell.layer, size, null, TEXT_OPTIONS, True)
+        value = stitched(pipe, reward, pictures[:PROBE_PICTURES], args.depth)
 
     rest, cache = pictures[PROBE_PICTURES:], args.work / f"{args.source}_targets"
     captions = [picture.caption for picture in rest]
@@ -76,6 +72,16 @@ def main() -> None:
     print({term: [round(mean, 4) for mean in means] for term, means in losses.items()})
     value.save_pretrained(args.work / name)
     print(f"wrote {args.work / name}, i = {value.depth}, j = {value.layer}")
+
+
+def stitched(pipe, reward, pictures: list[world.Picture], depth: int | None) -> StitchedValue:
+    """The best stitch in closed form, of all depths or one."""
+    null = backbone_of(pipe).null_condition(pipe, **TEXT_OPTIONS)
+    probe, latents = encode_probe(pipe, TensorImages(picture_tensor(pictures)), len(pictures))
+    search = search_stitch(backbone_of(pipe), reward, latents, probe, null)
+    depth = depth or search.best.depth
+    layer = min(search.layers, key=lambda layer: search.at(depth, layer).mse)
+    return untrained_value(pipe, reward, search, depth, layer, latents.shape[-2:], null, TEXT_OPTIONS, True)
 
 
 if __name__ == "__main__":
