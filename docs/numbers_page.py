@@ -257,6 +257,22 @@ def alignment(result: Result, title: str = "Training with clean rewards and stit
     ]
 
 
+def nft_iteration(result: Result) -> Lines:
+    shares = result["share_of_time"]
+    return [
+        "## An iteration of DiffusionNFT",
+        "On the playground, in turns. The published one merges no adapter and runs the reference model too. Last "
+        "column: of the clean runs' time, when the stitched ones have their last held-out reward.",
+        *table(
+            ("", "s per iteration", "stitched, of its time"),
+            [
+                [name, f"{of['median_ms'] / 1000:.1f}", f"{shares[name]:.2f}" if name in shares else ""]
+                for name, of in result["times"].items()
+            ],
+        ),
+    ]
+
+
 def ops(result: Result) -> Lines:
     """One row per case and pass, the dtypes beside each other."""
     rows: dict[tuple[str, str], dict[str, Result]] = {}
@@ -347,6 +363,7 @@ SECTIONS: dict[str, Callable[[Result], Lines]] = {
     "nft_values": functools.partial(
         alignment, title="DiffusionNFT with the exact value, and with one learned from rollouts"
     ),
+    "nft_iteration": nft_iteration,
     "noise_levels": noise_levels,
     "on_policy": training_latents,  # MkDocs takes every name on_... for an event
     "stitch_tokens": stitch_tokens,

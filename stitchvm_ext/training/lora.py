@@ -125,7 +125,7 @@ def drift(denoiser: nn.Module, adapter: str = "default") -> float:
 
 def base_view(denoiser: nn.Module) -> nn.Module:
     """The denoiser as it was before adapters were added, whichever are active; every parameter is shared with it."""
-    return _view(denoiser, lambda layer: layer.get_base_layer())
+    return lora_view(denoiser, lambda layer: layer.get_base_layer())
 
 
 class MergedView:
@@ -140,7 +140,7 @@ class MergedView:
 
     def __init__(self, denoiser: nn.Module):
         self.layers: list[tuple[nn.Module, nn.Linear]] = []
-        self.denoiser = _view(denoiser, self._replace)
+        self.denoiser = lora_view(denoiser, self._replace)
 
     def _replace(self, layer: nn.Module) -> nn.Linear:
         base = layer.get_base_layer()
@@ -158,12 +158,13 @@ class MergedView:
             merged.weight.copy_(base.float() + layer.get_delta_weight(adapter).float())
 
 
-def _view(module: nn.Module, replace: Callable[[nn.Module], nn.Module]) -> nn.Module:
+def lora_view(module: nn.Module, replace: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """The module with something in the place of each of its LoRA layers; all else is shared with it."""
     from peft.tuners.lora import LoraLayer
 
     if isinstance(module, LoraLayer):
         return replace(module)
-    children = {name: None if child is None else _view(child, replace) for name, child in module._modules.items()}
+    children = {name: None if child is None else lora_view(child, replace) for name, child in module._modules.items()}
     if all(children[name] is child for name, child in module._modules.items()):
         return module
     view = shell_of(module)
