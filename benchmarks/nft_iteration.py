@@ -19,7 +19,6 @@ import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from alignment import PROMPTS, TRAINERS, training_prompts
@@ -27,12 +26,11 @@ from torch import Tensor, nn
 
 from stitchvm_ext import CleanReward, StitchedValue
 from stitchvm_ext.bench.harness import RESULTS, alternate, save
+from stitchvm_ext.bench.pages import clean_nft_reaches, curves_of
 from stitchvm_ext.playground import load_pipeline, load_reward
 from stitchvm_ext.playground.experiments import held_out_prompts
-from stitchvm_ext.training import NFTTrainer
+from stitchvm_ext.training import NFTConfig, NFTTrainer
 from stitchvm_ext.training.lora import lora_view
-
-PUBLISHED_KL_WEIGHT = 1e-4
 
 
 class OneAdapter(nn.Module):
@@ -66,9 +64,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
 
+    measured = json.loads((RESULTS / "nft_values.json").read_text())
+    curves = curves_of(measured)
+    if ("nft", args.value.name) not in curves:
+        parser.error(f"--value: expected one that nft_values.json has runs of, got {args.value.name}")
     (_, clean), (_, stitched) = TRAINERS["nft clean"], TRAINERS["nft stitched"]
     reward = load_reward("clip")
-    published = replace(clean, kl_weight=PUBLISHED_KL_WEIGHT)
+    published = replace(clean, kl_weight=NFTConfig.kl_weight)  # the default is the published code's
     with tempfile.TemporaryDirectory() as folder:
 
         def trainer(trainer_class, config, name: str) -> NFTTrainer:
@@ -97,27 +99,26 @@ def main() -> None:
     if not math.isclose(*first, rel_tol=1e-3):
         raise RuntimeError(f"losses: expected the same of the first clean iterations, got {first}")
     seconds = {name: of["median_ms"] / 1000 for name, of in times.items()}
-    shares = {name: share_of_time(seconds, name, args.value.name) for name in ("as published", "clean")}
+    reached = iteration_reached(curves["nft", args.value.name], clean_nft_reaches(measured))
+    total = curves["nft", "clean"][0][-1]["iteration"]
+    shares = {}
+    if reached is not None:
+        stitched_seconds = reached * seconds["stitched"]
+        shares = {name: stitched_seconds / (total * seconds[name]) for name in ("as published", "clean")}
     result = {"value": args.value.name, "rounds": args.rounds, "times": times, "share_of_time": shares}
     print(", ".join(f"{name}: {of:.1f} s per iteration" for name, of in seconds.items()))
+    print(f"stitched at the clean runs' last held-out reward: iteration {reached} of {total}")
     for name, share in shares.items():
-        print(
-            f"stitched at the clean runs' last held-out reward in {share:.2f} of their time, {name} (1/{1 / share:.2f})"
-        )
+        print(f"in {share:.2f} of their time, {name} (1/{1 / share:.2f})")
     print(f"wrote {save('nft_iteration', result)}")
 
 
-def share_of_time(seconds: dict[str, float], clean: str, value: str) -> float:
-    """Of the clean runs' time, until the stitched runs of nft_values.json are where those end, means over seeds."""
-    runs: list[dict[str, Any]] = json.loads((RESULTS / "nft_values.json").read_text())["runs"]
-    curves = {name: _held_out([run["curve"] for run in runs if run["value"] == name]) for name in ("clean", value)}
-    end = curves["clean"][-1]
-    reached = next(k for k, reward in enumerate(curves[value]) if reward >= end)
-    return reached * seconds["stitched"] / ((len(curves["clean"]) - 1) * seconds[clean])
-
-
-def _held_out(curves: list[list[dict[str, float]]]) -> list[float]:
-    return [statistics.mean(point["held_out_reward"] for point in points) for points in zip(*curves, strict=True)]
+def iteration_reached(curves: list[list[dict[str, float]]], held_out_reward: float) -> int | None:
+    """The first after which the mean over seeds is at least this; None where there is none."""
+    for points in zip(*curves, strict=True):
+        if statistics.mean(point["held_out_reward"] for point in points) >= held_out_reward:
+            return points[0]["iteration"]
+    return None
 
 
 if __name__ == "__main__":
