@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from stitchvm_ext import guided_sample
 from stitchvm_ext.cli.compare import parse_method
 from stitchvm_ext.evaluation import Contender, compare
+from stitchvm_ext.evaluation.compare_report import KINDS, Comparison
 from tests import tiny
 
 PROMPTS = ["a red circle", "two blue squares", "a small green ring"]
@@ -50,6 +52,23 @@ def test_figures(parts, tmp_path):
     assert document["contenders"]["unguided"]["means"] == row["means"] and document["target"] == "target"
     assert (tmp_path / "compare.png").stat().st_size > 1000 and (tmp_path / "grid.png").stat().st_size > 1000
     assert all(name in found.table() for name in ("unguided", "best of 3", "brightness", "diversity"))
+
+
+def test_the_plot_has_every_figure_against_evaluations_and_against_seconds(tmp_path, monkeypatch):
+    evaluations = dict.fromkeys(KINDS, 40.0)
+    row = {"means": {"a": 0.5, "b": 0.6}, "standard_errors": {"a": 0.1, "b": None}, "peak_bytes": 0}
+    figures = {
+        name: {**row, "evaluations_per_image": evaluations, "seconds_per_image": seconds}
+        for name, seconds in (("one", 0.2), ("other", 0.8))
+    }
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.touch()))
+    Comparison(["p"], 1, "a", figures, {}).plot(tmp_path / "compare.png")
+    panels = {(ax.get_title(), ax.get_xlabel()): ax for ax in drawn[0].axes}
+    labels = ("denoiser evaluations per image", "seconds per image")
+    assert set(panels) == {(measure, label) for measure in ("a", "b") for label in labels}
+    at = {label: [c.lines[0].get_xdata()[0] for c in panels["b", label].containers] for label in labels}
+    assert at == {labels[0]: [40.0, 40.0], labels[1]: [0.2, 0.8]}
 
 
 def test_an_interrupted_comparison_goes_on(parts, tmp_path):
